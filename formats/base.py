@@ -1,0 +1,172 @@
+"""Format: how one linear weight is stored. The one abstraction of the pack."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+FORMATS: dict[str, type[Format]] = {}
+"""Every format by its `comfy_quant` name; a subclass enters when it is defined."""
+
+Entries = dict[str, Tensor]
+"""Tensors of one layer as a checkpoint stores them, by suffix: weight, weight_scale, weight_scale_2, ..."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight [out, in] as codes and scales: logical order, no padding, no packing."""
+
+    qdata: Tensor  # one code per weight [out, in]
+    scale: Tensor | None = None  # per tensor [] or per row [out, 1]
+    block_scale: Tensor | None = None  # per block [out, in/block]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one linear weight is stored. The fields of a subclass are its `comfy_quant` record.
+
+    encode/decode turn numbers [out, in] into codes and back; pack/unpack turn codes into checkpoint entries and back.
+    """
+
+    name: ClassVar[str] = ""
+    layout: ClassVar[str] = ""  # comfy-kitchen's layout class
+
+    full_precision_matrix_mult: bool = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            FORMATS[cls.name] = cls
+
+    @property
+    def label(self) -> str:
+        """Short name as recipes and reports write it; `formats.parse` reads it back."""
+        return self.name
+
+    def record(self) -> dict:
+        """The layer's `comfy_quant` JSON object; fields at their default are left out."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {"format": self.name} | {k: v for k, v in fields.items() if v != defaults[k]}
+
+    @classmethod
+    def from_record(cls, record: dict, entries: dict[str, TensorSpec]) -> Format:
+        """The format a `comfy_quant` record describes; `entries` decides what the record leaves open."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in record.items() if k in names})
+
+    def for_shape(self, out_features: int, in_features: int) -> Format:
+        """This format settled for a weight of that shape. Raises ValueError if it cannot store one."""
+        return self
+
+    def storage(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """dtype and shape of every checkpoint entry of a weight of that shape, before any number is computed."""
+        raise NotImplementedError
+
+    def encode(self, weight: Tensor) -> Quantized:
+        """Round-to-nearest codes of a finite fp32 weight [out, in] with this format's standard scales."""
+        raise NotImplementedError
+
+    def decode(self, quantized: Quantized) -> Tensor:
+        """fp32 weight [out, in] that the codes stand for."""
+        raise NotImplementedError
+
+    def pack(self, quantized: Quantized) -> Entries:
+        """Codes and scales as checkpoint entries, exactly of `storage`'s dtypes and shapes."""
+        raise NotImplementedError
+
+    def unpack(self, entries: Entries, out_features: int, in_features: int) -> Quantized:
+        """The inverse of pack. Raises ValueError naming the first entry that does not fit the shape."""
+        raise NotImplementedError
+
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of all entries of one weight in the file, markers not counted."""
+        return sum(spec.nbytes for spec in self.storage(out_features, in_features).values())
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        return 8 * self.nbytes(out_features, in_features) / (out_features * in_features)
+
+    def check(self, entries: Entries, out_features: int, in_features: int) -> Entries:
+        """The entries with their stored dtypes viewed as this format's; ValueError if one is missing or misshaped."""
+        checked = {}
+        for suffix, spec in self.storage(out_features, in_features).items():
+            if suffix not in entries:
+                raise ValueError(f"{suffix} is missing, {self.label} needs it as {spec}")
+            found = entries[suffix]
+            if found.shape != spec.shape and found.numel() == spec.numel and max(found.ndim, len(spec.shape)) <= 2:
+                found = found.reshape(spec.shape)  # scalars as [1], row scales as [out]
+            if tuple(found.shape) != spec.shape:
+                raise ValueError(f"{suffix} is {tuple(found.shape)}, {self.label} needs {spec.shape}")
+            if found.dtype != spec.dtype:
+                if found.element_size() != spec.dtype.itemsize or found.element_size() != 1:
+                    raise ValueError(f"{suffix} is {_short(found.dtype)}, {self.label} needs {_short(spec.dtype)}")
+                found = found.view(spec.dtype)  # uint8-viewed fp8, never a value cast
+            checked[suffix] = found
+        return checked
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """dtype and shape of one stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{_short(self.dtype)} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Plain(Format):
+    """An unquantized weight: no scales, no `comfy_quant` record."""
+
+    dtype: ClassVar[torch.dtype]
+
+    def storage(self, out_features, in_features):
+        return {"weight": TensorSpec(self.dtype, (out_features, in_features))}
+
+    def encode(self, weight):
+        return Quantized(weight.to(self.dtype))
+
+    def decode(self, quantized):
+        return quantized.qdata.float()
+
+    def pack(self, quantized):
+        return {"weight": quantized.qdata}
+
+    def unpack(self, entries, out_features, in_features):
+        return Quantized(self.check(entries, out_features, in_features)["weight"])
+
+
+def marker(format: Format, extra: dict | None = None) -> Tensor:
+    """The `comfy_quant` tensor of a layer: its record as UTF-8 JSON bytes."""
+    return torch.tensor(list(json.dumps(format.record() | (extra or {})).encode()), dtype=torch.uint8)
+
+
+def require_finite(weight: Tensor) -> None:
+    """Raises ValueError saying where the first NaN or infinity is; no format can store one."""
+    finite = torch.isfinite(weight)
+    if not finite.all():
+        bad = (~finite).nonzero()
+        row, column = bad[0].tolist()
+        raise ValueError(
+            f"{len(bad)} values are not finite, the first at [{row}, {column}] is {weight[row, column].item()}"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

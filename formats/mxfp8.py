@@ -1,0 +1,61 @@
+"""MXFP8: E4M3 codes and a power-of-two E8M0 scale per 32 columns (format.md 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference as ref
+from .base import Format, Quantized, TensorSpec
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class MXFP8(Format):
+    name: ClassVar[str] = "mxfp8"
+    layout: ClassVar[str] = "TensorCoreMXFP8Layout"
+
+    def storage(self, out_features, in_features):
+        rows, columns = ref.round_up(out_features, BLOCK), ref.round_up(in_features, BLOCK)
+        scales = (ref.round_up(rows, 128), ref.round_up(columns // BLOCK, 4))
+        return {
+            "weight": TensorSpec(torch.float8_e4m3fn, (rows, columns)),
+            # uint8 rather than float8_e8m0fnu: what convert_to_quant writes, and older safetensors can read
+            "weight_scale": TensorSpec(torch.uint8, scales),
+        }
+
+    def encode(self, weight: Tensor) -> Quantized:
+        """Exponent ceil(log2(amax / 448)), so that nothing saturates, then round to nearest."""
+        blocked = _blocks(weight)
+        amax = blocked.abs().amax(-1)
+        exponent = torch.ceil(torch.log2((amax / ref.E4M3_MAX).clamp(min=2.0**-127))).int() + ref.E8M0_BIAS
+        block_scale = torch.where(amax == 0, 0, exponent.clamp(0, 254)).to(torch.uint8)
+        step = ref.e8m0_decode(block_scale)
+        scaled = blocked / torch.where(step == 0, 1.0, step).unsqueeze(-1)
+        scaled = torch.where((step == 0).unsqueeze(-1), 0.0, scaled).clamp(-ref.E4M3_MAX, ref.E4M3_MAX)
+        return Quantized(scaled.flatten(-2)[:, : weight.shape[1]].to(torch.float8_e4m3fn), block_scale=block_scale)
+
+    def decode(self, quantized: Quantized) -> Tensor:
+        values = _blocks(quantized.qdata.float()) * ref.e8m0_decode(quantized.block_scale).unsqueeze(-1)
+        return values.flatten(-2)[:, : quantized.qdata.shape[1]]
+
+    def pack(self, quantized):
+        out_features, in_features = quantized.qdata.shape
+        codes = quantized.qdata.view(torch.uint8)
+        padded = ref.pad_to(codes, ref.round_up(out_features, BLOCK), ref.round_up(in_features, BLOCK))
+        return {"weight": padded.view(torch.float8_e4m3fn), "weight_scale": ref.swizzle(quantized.block_scale)}
+
+    def unpack(self, entries, out_features, in_features):
+        entries = self.check(entries, out_features, in_features)
+        codes = entries["weight"][:out_features, :in_features].contiguous()
+        columns = ref.round_up(in_features, BLOCK) // BLOCK
+        return Quantized(codes, block_scale=ref.unswizzle(entries["weight_scale"], out_features, columns))
+
+
+def _blocks(weight: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    return ref.pad_to(weight, rows, ref.round_up(columns, BLOCK)).unflatten(-1, (-1, BLOCK))

@@ -1,0 +1,1 @@
+"""How a quantized linear layer is multiplied on a device. Knows tensors, not files and not ComfyUI."""

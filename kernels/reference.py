@@ -1,0 +1,106 @@
+"""Every number operation of the formats in plain PyTorch: the truth that every faster path is tested against."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0..7; codes 8..15 are the negatives
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E5M2_MAX = 57344.0
+E8M0_BIAS = 127
+
+# Upper edge of each code's interval. nextafter makes a tie go to the even code: 0.25 -> 0, 0.75 -> code 2, 2.5 -> 4.
+_E2M1_EDGES = torch.tensor((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+_E2M1_EDGES[1::2] = torch.nextafter(_E2M1_EDGES[1::2], torch.tensor(0.0))
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def e2m1_encode(x: Tensor) -> Tensor:
+    """Code (uint8, sign<<3 | exponent<<1 | mantissa) of the nearest E2M1 number, ties to even, saturating at 6."""
+    magnitude = torch.bucketize(x.abs(), _E2M1_EDGES.to(x.device), out_int32=True).to(torch.uint8)
+    return magnitude | (torch.signbit(x).to(torch.uint8) << 3)
+
+
+def e2m1_decode(codes: Tensor) -> Tensor:
+    """fp32 value of each E2M1 code (uint8, 0..15)."""
+    table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=codes.device)
+    return table[codes.int()]
+
+
+def e2m1_round(x: Tensor) -> Tensor:
+    """Nearest E2M1 value of each |x| <= 6, ties to even, as fp32; about 4x faster than encoding and decoding.
+
+    Within a binade the spacing is 2^(e-1) (0.5 below 1): divide by it, round half to even, multiply back.
+    """
+    spacing = torch.exp2(torch.floor(torch.log2(x.abs().clamp(1.0, E2M1_MAX))) - 1)
+    return torch.round(x / spacing).mul_(spacing)
+
+
+def e8m0_decode(exponents: Tensor) -> Tensor:
+    """2^(b - 127) as fp32; b = 0 decodes to 0, as in the host's MXFP8 reader (format.md 2.2)."""
+    return torch.where(exponents == 0, 0.0, torch.exp2(exponents.float() - E8M0_BIAS))
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """[out, in] 4-bit codes -> [out, in/2] bytes, even column in the high nibble (NVFP4 order)."""
+    return (codes[:, 0::2] << 4) | codes[:, 1::2]
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """[out, in/2] bytes -> [out, in] 4-bit codes, the inverse of pack_nibbles."""
+    return torch.stack((packed >> 4, packed & 0x0F), dim=-1).flatten(-2)
+
+
+def pad_to(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x [r, c] with zeros appended to [rows, columns]."""
+    if tuple(x.shape) == (rows, columns):
+        return x
+    padded = x.new_zeros(rows, columns)
+    padded[: x.shape[0], : x.shape[1]] = x
+    return padded
+
+
+def swizzle(scales: Tensor) -> Tensor:
+    """Block scales [r, c] -> cuBLAS 128x4 tile order, zero-padded to multiples of (128, 4) (format.md 2.3)."""
+    rows, columns = round_up(scales.shape[0], 128), round_up(scales.shape[1], 4)
+    tiles = pad_to(scales, rows, columns).view(rows // 128, 4, 32, columns // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
+
+
+def unswizzle(stored: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of swizzle, cropped to [rows, columns]."""
+    r, c = stored.shape
+    tiles = stored.reshape(r // 128, c // 4, 32, 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(r, c)[:rows, :columns].contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _hadamard(group: int, device: torch.device) -> Tensor:
+    factor = torch.ones(4, 4)
+    factor[torch.arange(4), 3 - torch.arange(4)] = -1
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < group:
+        matrix = torch.kron(matrix, factor)
+    return (matrix / group**0.5).to(device)
+
+
+def is_power_of_4(group: int) -> bool:
+    return group >= 4 and group & (group - 1) == 0 and group.bit_length() % 2 == 1
+
+
+def rotate(x: Tensor, group: int) -> Tensor:
+    """x [..., K] times the regular Hadamard matrix in each group of columns; its own inverse (format.md 2.2)."""
+    if not is_power_of_4(group):
+        raise ValueError(f"convrot group {group} is not a power of 4 (4, 16, 64, 256, 1024)")
+    if x.shape[-1] % group:
+        raise ValueError(f"in_features {x.shape[-1]} is not a multiple of the ConvRot group {group}")
+    grouped = x.float().unflatten(-1, (-1, group))
+    # .T although H is symmetric: the same BLAS call as comfy-kitchen, so that the sums round alike
+    return (grouped @ _hadamard(group, x.device).T).flatten(-2)
