@@ -59,5 +59,7 @@ def from_record(record: dict, entries: dict[str, TensorSpec]) -> Format:
     cls = FORMATS.get(name) if isinstance(name, str) else None
     if cls is None or issubclass(cls, Plain):
         known = ", ".join(n for n, c in FORMATS.items() if not issubclass(c, Plain))
-        raise ValueError(f"format {name!r} is not one Tessera reads ({known}); re-quantize the layer")
+        raise ValueError(
+            f"format {name!r} is not loadable by ComfyUI ({known} are); re-quantize, as int8_row for instance"
+        )
     return cls.from_record(record, entries)

@@ -99,8 +99,8 @@ class Format:
             if suffix not in entries:
                 raise ValueError(f"{suffix} is missing, {self.label} needs it as {spec}")
             found = entries[suffix]
-            if found.shape != spec.shape and found.numel() == spec.numel and max(found.ndim, len(spec.shape)) <= 2:
-                found = found.reshape(spec.shape)  # scalars as [1], row scales as [out]
+            if found.numel() == spec.numel and (found.ndim <= 1 or found.numel() == 1):
+                found = found.reshape(spec.shape)  # scalars as [1] or [1, 1], row scales as [out]
             if tuple(found.shape) != spec.shape:
                 raise ValueError(f"{suffix} is {tuple(found.shape)}, {self.label} needs {spec.shape}")
             if found.dtype != spec.dtype:
@@ -152,9 +152,9 @@ class Plain(Format):
         return Quantized(self.check(entries, out_features, in_features)["weight"])
 
 
-def marker(format: Format, extra: dict | None = None) -> Tensor:
-    """The `comfy_quant` tensor of a layer: its record as UTF-8 JSON bytes."""
-    return torch.tensor(list(json.dumps(format.record() | (extra or {})).encode()), dtype=torch.uint8)
+def marker(record: dict) -> Tensor:
+    """A `comfy_quant` record as its tensor: UTF-8 JSON bytes."""
+    return torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
 
 
 def require_finite(weight: Tensor) -> None:

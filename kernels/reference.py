@@ -34,13 +34,13 @@ def e2m1_decode(codes: Tensor) -> Tensor:
     return table[codes.int()]
 
 
-def e2m1_round(x: Tensor) -> Tensor:
-    """Nearest E2M1 value of each |x| <= 6, ties to even, as fp32; about 4x faster than encoding and decoding.
+def e2m1_round(magnitude: Tensor) -> Tensor:
+    """Nearest E2M1 value of each fp32 magnitude in [0, 6], ties to even; several times faster than encode + decode.
 
-    Within a binade the spacing is 2^(e-1) (0.5 below 1): divide by it, round half to even, multiply back.
+    Spacing is half the number's power of two (0.5 below 1): divide by it, round half to even, multiply back.
     """
-    spacing = torch.exp2(torch.floor(torch.log2(x.abs().clamp(1.0, E2M1_MAX))) - 1)
-    return torch.round(x / spacing).mul_(spacing)
+    binade = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0)
+    return torch.round((magnitude + magnitude).div_(binade)).mul_(binade).mul_(0.5)
 
 
 def e8m0_decode(exponents: Tensor) -> Tensor:

@@ -1,0 +1,297 @@
+"""Quantize and save: a checkpoint, layer by layer, through a recipe into a new file and its correction LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .checkpoint import LAYER_ERRORS, PROVENANCE, QUANTIZATION_METADATA, Checkpoint, Writer
+from .formats import Format, Plain, TensorSpec, marker
+from .quantization import pipeline
+from .quantization.lowrank import LowRank
+from .quantization.recipe import LayerMap, Recipe
+from .quantization.report import LayerReport, Report
+from .version import VERSION
+
+LORA_PREFIX = "diffusion_model."
+METADATA_SPARE = 1 << 16  # bytes kept in the header for what is known only at the end
+METADATA_PER_LAYER = 400
+VERIFY_TOLERANCE = 1e-4  # of a relative error: what is on disk must have the error that was reported
+
+
+class Source(Protocol):
+    """Where weights come from: a Checkpoint, or a model that ComfyUI holds in memory."""
+
+    name: str
+    prefix: str
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorSpec]
+    nbytes: int
+    path: Path | None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def read(self, key: str) -> Tensor: ...
+    def weight(self, name: str) -> Tensor: ...
+    def quantized(self, name: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a running job is. `seconds_left` is an estimate from the weights done so far; None before the first."""
+
+    index: int
+    total: int
+    layer: str
+    seconds_left: float | None
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(int(self.seconds_left or 0), 60)
+        left = "" if self.seconds_left is None else f", {minutes}:{seconds:02d} left"
+        return f"{self.index}/{self.total} {self.layer}{left}"
+
+
+@dataclass
+class Job:
+    """One quantization. Raises ValueError, before anything is written, for whatever it can know up front."""
+
+    source: Source
+    target: Path
+    recipe: Recipe
+    lora: Path | None = None  # None: <target stem>_lora.safetensors beside the target; ignored at rank 0
+    rank: int = 32
+    seed: int = 0
+    sweep: bool = True  # False: plain round-to-nearest, as other tools do it
+    device: str = "cpu"
+    overwrite: bool = False
+    layer_map: LayerMap = field(init=False)
+    warnings: list[str] = field(init=False, default_factory=list)
+
+    def __post_init__(self):
+        self.target = Path(self.target)
+        if self.target.suffix != ".safetensors":
+            raise ValueError(f"{self.target}: the target must end in .safetensors")
+        if self.rank < 0:
+            raise ValueError(f"rank {self.rank}: must be 0 (no correction LoRA) or more")
+        if self.rank and is_text_encoder(self.source.shapes()):
+            self.rank = 0
+            self.warnings.append("text encoder: no correction LoRA is written, nothing can attach one to a CLIP yet")
+        self.lora = Path(self.lora or lora_path(self.target)) if self.rank else None
+        self._refuse_same_file()
+        self.layer_map = self.recipe.resolve(self.source.shapes())
+        if self.layer_map.problems:
+            raise ValueError(f"{self.source.name}: " + "\n".join(self.layer_map.problems))
+        self.warnings += self.layer_map.warnings
+        if not self.formats():
+            raise ValueError(f"{self.source.name}: recipe {self.recipe.name} quantizes none of its layers; "
+                             "choose a recipe for this model")  # fmt: skip
+        again = [name for name in self.formats() if self.source.quantized(name)]
+        if again:
+            self.warnings.append(f"{len(again)} layers are already quantized in the source (first: {again[0]}); "
+                                 "errors are measured against it, not against the original")  # fmt: skip
+
+    def formats(self) -> dict[str, Format]:
+        """The format of each layer that changes, by module path, in the model's own order."""
+        names = sorted((n for n, choice in self.layer_map.items() if choice.format is not None), key=natural)
+        return {name: self.layer_map[name].format for name in names}
+
+    def run(self, progress: Callable[[Step], None] = lambda step: None) -> Report:
+        """Writes and verifies model and LoRA, then gives both their names; an exception, from `progress` too, leaves
+        nothing behind. Same source, recipe and seed on one machine: same bytes."""
+        started, digest = time.monotonic(), _Digest(self.source.path)
+        with ExitStack() as stack:
+            model = stack.enter_context(Writer(self.target, self._specs(), self._reserve(), self.overwrite))
+            lora = None
+            if self.lora:
+                lora = stack.enter_context(Writer(self.lora, self._lora_specs(), METADATA_SPARE, self.overwrite))
+            report = self._report()
+            for step in self._steps(progress):
+                report.layers.append(self._layer(step.layer, model, lora))
+            report.kept = self._copy_rest(model)
+            progress(Step(len(report.layers), len(report.layers), "verifying", None))
+            self._finish(report, model, lora, digest.hexdigest(), progress)
+            report.model_bytes, report.lora_bytes = model.nbytes, lora.nbytes if lora else 0
+            report.seconds = time.monotonic() - started
+            if lora:
+                lora.publish()  # first: a model without its LoRA is the worse half
+            model.publish()
+        return report
+
+    def _steps(self, progress: Callable[[Step], None]) -> Iterator[Step]:
+        formats, shapes = self.formats(), self.source.shapes()
+        weights = {name: shapes[f"{name}.weight"][0] * shapes[f"{name}.weight"][1] for name in formats}
+        started, done, total = time.monotonic(), 0, sum(weights.values())
+        for index, name in enumerate(formats):
+            left = (time.monotonic() - started) * (total - done) / done if done else None
+            step = Step(index, len(formats), name, left)
+            progress(step)
+            yield step
+            done += weights[name]
+
+    def _layer(self, name: str, model: Writer, lora: Writer | None) -> LayerReport:
+        started, choice = time.monotonic(), self.layer_map[name]
+        format, rank = choice.format, self.rank if lora else 0
+        try:
+            weight = self.source.weight(name).to(self.device)
+            layer = pipeline.quantize(format, weight, rank, pipeline.layer_seed(self.seed, name), self.sweep)
+        except ValueError as problem:
+            raise ValueError(f"{self.source.name}: {name}: {problem}") from None
+        shape = (weight.shape[0], weight.shape[1])
+        for suffix, tensor in layer.entries.items():
+            model.write(f"{self.source.prefix}{name}.{suffix}", tensor)
+        if not isinstance(format, Plain):
+            model.write(f"{self.source.prefix}{name}.comfy_quant", marker(record(format, shape)))
+        if layer.branch is not None:
+            lora.write(f"{LORA_PREFIX}{name}.lora_up.weight", layer.branch.up)
+            lora.write(f"{LORA_PREFIX}{name}.lora_down.weight", layer.branch.down)
+        seconds = time.monotonic() - started
+        return LayerReport(name, format.label, shape, format.nbytes(*shape), layer.error, layer.corrected_error,
+                           seconds, choice.reason)  # fmt: skip
+
+    def _copy_rest(self, model: Writer) -> int:
+        keys = self._kept()
+        for key in keys:
+            model.write(key, self.source.read(key))
+        return len(keys)
+
+    def _finish(self, report, model: Writer, lora: Writer | None, sha256: str | None, progress) -> None:
+        """Closes both files, reads every layer back from disk and compares it with the source once more."""
+        provenance = self._provenance(sha256)
+        written = Checkpoint(model.finish(self._metadata(report, provenance)))
+        branches = None
+        if lora:
+            branches = Checkpoint(lora.finish({PROVENANCE: json.dumps(provenance | {"model": self.target.name})}))
+        for index, row in enumerate(report.layers):
+            progress(Step(index, len(report.layers), f"verifying {row.name}", None))
+            self._verify(row, written, branches)
+
+    def _verify(self, row: LayerReport, written: Checkpoint, branches: Checkpoint | None) -> None:
+        branch = read_branch(branches, row.name) if branches and row.corrected_error is not None else None
+        found = pipeline.layer_errors(written.weight(row.name), branch, self.source.weight(row.name))
+        for error, expected in zip(found, (row.error, row.corrected_error), strict=False):
+            if not abs(error - expected) <= VERIFY_TOLERANCE * max(expected, 1e-3):
+                raise RuntimeError(
+                    f"{self.target.name}: {row.name}: reads back with weight error {error:.6f}, written with "
+                    f"{expected:.6f}; the disk or another program changed it, nothing was saved"
+                )
+
+    def _kept(self) -> list[str]:
+        """Keys copied as they are."""
+        changed = {f"{self.source.prefix}{name}.weight" for name in self.formats()}
+        stale = {f"{self.source.prefix}{name}.{suffix}" for name in self.formats() for suffix in QUANT_SUFFIXES}
+        return [key for key in self.source.tensors if key not in changed | stale and not key.endswith("scaled_fp8")]
+
+    def _specs(self) -> dict[str, TensorSpec]:
+        shapes, specs = self.source.shapes(), {key: self.source.tensors[key] for key in self._kept()}
+        for name, format in self.formats().items():
+            shape = shapes[f"{name}.weight"]
+            storage = format.storage(*shape)
+            if not isinstance(format, Plain):
+                text = marker(record(format, shape))
+                storage["comfy_quant"] = TensorSpec(text.dtype, tuple(text.shape))
+            specs |= {f"{self.source.prefix}{name}.{suffix}": spec for suffix, spec in storage.items()}
+        return specs
+
+    def _lora_specs(self) -> dict[str, TensorSpec]:
+        shapes, specs = self.source.shapes(), {}
+        for name, format in self.formats().items():
+            if isinstance(format, Plain):
+                continue
+            rows, columns = shapes[f"{name}.weight"]
+            rank = min(self.rank, rows, columns)
+            specs[f"{LORA_PREFIX}{name}.lora_up.weight"] = TensorSpec(torch.float16, (rows, rank))
+            specs[f"{LORA_PREFIX}{name}.lora_down.weight"] = TensorSpec(torch.float16, (rank, columns))
+        return specs
+
+    def _reserve(self) -> int:
+        source = sum(len(k) + len(v) + 16 for k, v in self.source.metadata.items())
+        return METADATA_SPARE + source * 2 + METADATA_PER_LAYER * len(self.formats())
+
+    def _metadata(self, report: Report, provenance: dict) -> dict[str, str]:
+        formats = {n: f for n, f in self.formats().items() if not isinstance(f, Plain)}
+        shapes = self.source.shapes()
+        records = {f"{self.source.prefix}{n}": record(f, shapes[f"{n}.weight"]) for n, f in formats.items()}
+        errors = {r.name: [round(e, 6) for e in (r.error, r.corrected_error) if e is not None] for r in report.layers}
+        return dict(self.source.metadata) | {
+            QUANTIZATION_METADATA: json.dumps({"format_version": "1.0", "layers": records}),
+            PROVENANCE: json.dumps(provenance),
+            LAYER_ERRORS: json.dumps(errors, separators=(",", ":")),
+        }
+
+    def _provenance(self, sha256: str | None) -> dict:
+        recipe = {"name": self.recipe.name, "sha256": self.recipe.digest}
+        source = {"name": self.source.name, "sha256": sha256}
+        return {"version": VERSION, "recipe": recipe, "source": source, "seed": self.seed, "rank": self.rank,
+                "scales": "sweep" if self.sweep else "amax", "lora": self.lora.name if self.lora else None}  # fmt: skip
+
+    def _report(self) -> Report:
+        return Report(
+            model=self.target.name, lora=self.lora.name if self.lora else None, source=self.source.name,
+            recipe=self.recipe.name, rank=self.rank, seed=self.seed, source_bytes=self.source.nbytes,
+            warnings=self.warnings,
+        )  # fmt: skip
+
+    def _refuse_same_file(self) -> None:
+        mine = [p.resolve() for p in (self.target, self.lora, self.source.path) if p is not None]
+        if len(set(mine)) != len(mine):
+            raise ValueError(f"{self.target}: source, target and LoRA must be different files")
+
+
+QUANT_SUFFIXES = ("comfy_quant", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale",
+                  "scale_weight", "scale_input")  # fmt: skip
+
+
+def record(format: Format, shape: tuple[int, int]) -> dict:
+    """The layer's `comfy_quant` record; `orig_shape` where the storage is padded and cannot tell."""
+    stored = format.storage(*shape)["weight"].numel * (2 if format.name == "nvfp4" else 1)
+    return format.record() | ({"orig_shape": list(shape)} if stored != shape[0] * shape[1] else {})
+
+
+def read_branch(file: Checkpoint, name: str) -> LowRank:
+    up, down = (file.read(f"{LORA_PREFIX}{name}.lora_{part}.weight") for part in ("up", "down"))
+    return LowRank(up, down)
+
+
+def lora_path(target: Path) -> Path:
+    """Where a model's correction LoRA belongs unless said otherwise: `<model>_lora.safetensors` beside it."""
+    return target.with_name(f"{target.stem}_lora.safetensors")
+
+
+def is_text_encoder(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the keys are those of a language model, not of a diffusion model."""
+    return "model.embed_tokens.weight" in shapes or "shared.weight" in shapes
+
+
+def natural(name: str) -> list:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+class _Digest:
+    """SHA-256 of the source file, computed beside the work; None where the source is not a file."""
+
+    def __init__(self, path: Path | None):
+        self._value, self._path = None, path
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if path is not None:
+            self._thread.start()
+
+    def _run(self) -> None:
+        with open(self._path, "rb") as file:
+            self._value = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def hexdigest(self) -> str | None:
+        if self._path is not None:
+            self._thread.join()
+            if self._value is None:
+                raise RuntimeError(f"{self._path}: could not be read to the end; is the disk in order?")
+        return self._value

@@ -1,0 +1,252 @@
+"""The reader takes every marker variant and refuses damage; the writer never harms what is there."""
+
+import json
+import os
+import struct
+import tracemalloc
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tessera import formats
+from tessera.checkpoint import Checkpoint, Writer
+from tessera.formats import TensorSpec
+
+LABELS = ["nvfp4", "mxfp8", "int8", "int8_row", "int8_convrot_64", "fp8_e4m3", "fp8_e5m2"]
+
+
+def weight(seed=0, shape=(96, 128)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def file_of(path, layers, prefix="", mark="both", edit=None, plain=None):
+    """A checkpoint of `layers` (name -> format label), marked in tensors, header, both, or not at all."""
+    tensors, records = dict(plain or {}), {}
+    for index, (name, label) in enumerate(layers.items()):
+        format = formats.parse(label).for_shape(96, 128)
+        for suffix, tensor in format.pack(format.encode(weight(index))).items():
+            tensors[f"{prefix}{name}.{suffix}"] = tensor.contiguous()
+        records[f"{prefix}{name}"] = format.record()
+    if mark in ("both", "tensors"):
+        tensors |= {f"{k}.comfy_quant": formats.marker(r) for k, r in records.items()}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": records})}
+    if edit:
+        edit(tensors, records, metadata)
+    save_file(tensors, path, metadata=metadata if mark in ("both", "header") else None)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+@pytest.mark.parametrize("mark", ["both", "tensors", "header"])
+def test_markers_and_prefixes_all_decode_alike(tmp_path, mark, prefix):
+    layers = {f"layers.{i}.w": label for i, label in enumerate(LABELS)}
+    plain = {f"{prefix}norm.weight": torch.ones(4, dtype=torch.bfloat16)}
+    file = Checkpoint(file_of(tmp_path / "a.safetensors", layers, prefix, mark, plain=plain))
+    assert file.prefix == prefix and sorted(file.layers) == sorted(layers)
+    for index, (name, label) in enumerate(layers.items()):
+        format = formats.parse(label).for_shape(96, 128)
+        assert file.layers[name].format == format
+        assert torch.equal(file.weight(name), format.decode(format.encode(weight(index))))
+    assert file.shapes()["layers.0.w.weight"] == (96, 128) and file.shapes()["norm.weight"] == (4,)
+
+
+def test_header_names_may_lack_the_prefix(tmp_path):
+    def strip(tensors, records, metadata):
+        bare = {k.removeprefix("model.diffusion_model."): v for k, v in records.items()}
+        metadata["_quantization_metadata"] = json.dumps({"layers": bare})
+
+    path = file_of(tmp_path / "a.safetensors", {"a": "nvfp4"}, "model.diffusion_model.", "header", strip)
+    assert Checkpoint(path).layers["a"].key == "model.diffusion_model.a"
+
+
+def test_contradicting_header_loses_to_a_fitting_tensor(tmp_path):
+    def lie(tensors, records, metadata):
+        metadata["_quantization_metadata"] = json.dumps({"layers": {"a": {"format": "mxfp8"}}})
+
+    file = Checkpoint(file_of(tmp_path / "a.safetensors", {"a": "nvfp4"}, edit=lie))
+    assert file.layers["a"].format.name == "nvfp4" and "header says 'mxfp8'" in file.repairs[0]
+
+
+@pytest.mark.parametrize("label", ["nvfp4", "mxfp8", "int8", "int8_row", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("mark", ["tensors", "none"])
+def test_missing_format_is_inferred_from_the_tensors(tmp_path, label, mark):
+    def drop(tensors, records, metadata):
+        if mark == "tensors":
+            tensors["a.comfy_quant"] = formats.marker({"group_size": 16})
+
+    file = Checkpoint(file_of(tmp_path / "a.safetensors", {"a": label}, mark=mark, edit=drop))
+    assert file.layers["a"].format == formats.parse(label) and file.repairs
+
+
+def test_fp8_tensors_labelled_nvfp4_are_relabelled(tmp_path):
+    def lie(tensors, records, metadata):
+        tensors["a.comfy_quant"] = formats.marker({"format": "nvfp4"})
+
+    file = Checkpoint(file_of(tmp_path / "a.safetensors", {"a": "fp8_e4m3"}, mark="tensors", edit=lie))
+    assert file.layers["a"].format.name == "float8_e4m3fn" and "marked nvfp4" in file.repairs[0]
+
+
+@pytest.mark.parametrize("label", ["fp8_e4m3", "fp8_e5m2"])
+def test_legacy_scaled_fp8_takes_the_weights_own_dtype(tmp_path, label):
+    def legacy(tensors, records, metadata):
+        tensors["a.scale_weight"] = tensors.pop("a.weight_scale")
+        tensors["a.scale_input"] = torch.tensor(2.0)
+        tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+
+    file = Checkpoint(file_of(tmp_path / "a.safetensors", {"a": label}, mark="none", edit=legacy))
+    layer = file.layers["a"]
+    assert layer.format.name == formats.parse(label).name and layer.format.full_precision_matrix_mult
+    repaired = file.repair({k: file.read(k) for k in file.tensors})
+    assert set(repaired) == {"a.weight", "a.weight_scale", "a.input_scale", "a.comfy_quant"}
+
+
+def test_repair_gives_the_host_canonical_entries(tmp_path):
+    def spoil(tensors, records, metadata):
+        tensors["a.weight_scale"] = tensors["a.weight_scale"].view(torch.uint8)  # viewed as bytes
+        tensors["b.weight_scale"] = tensors["b.weight_scale"].flatten()  # [out]
+        records["b"] = {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 64}}
+        metadata["_quantization_metadata"] = json.dumps({"layers": records})
+
+    path = file_of(tmp_path / "a.safetensors", {"a": "nvfp4", "b": "int8_convrot_64"}, mark="header", edit=spoil)
+    file = Checkpoint(path)
+    repaired = file.repair({k: file.read(k) for k in file.tensors})
+    assert repaired["a.weight_scale"].dtype == torch.float8_e4m3fn
+    assert repaired["b.weight_scale"].shape == (96, 1)
+    record = json.loads(bytes(repaired["b.comfy_quant"].tolist()))
+    assert record == {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 64}
+
+
+def test_padded_weight_reads_back_in_its_logical_shape(tmp_path):
+    format, w = formats.NVFP4(), weight(3, (100, 72))
+    tensors = {f"a.{k}": v for k, v in format.pack(format.encode(w)).items()}
+    tensors["a.comfy_quant"] = formats.marker(format.record() | {"orig_shape": [100, 72]})
+    save_file(tensors, tmp_path / "a.safetensors")
+    file = Checkpoint(tmp_path / "a.safetensors")
+    assert torch.equal(file.weight("a"), format.decode(format.encode(w)))
+
+
+@pytest.mark.parametrize(("edit", "words"), [
+    (lambda t: t.pop("a.weight_scale_2"), "weight_scale_2 is missing"),
+    (lambda t: t.update({"a.weight_scale": torch.zeros(96, 1)}), r"weight_scale is \(96, 1\), nvfp4 needs \(128, 8\)"),
+    (lambda t: t.update({"a.weight": torch.zeros(96, 64, dtype=torch.bfloat16)}), "weight is bfloat16, nvfp4 needs uint8"),
+    (lambda t: t.update({"a.comfy_quant": formats.marker({"format": "int8_blockwise"})}), "'int8_blockwise' is not loadable"),
+    (lambda t: t.update({"a.comfy_quant": torch.zeros(4, dtype=torch.uint8)}), "not a quantization record"),
+    (lambda t: t.update({"a.weight_correction": torch.zeros(8, 96)}), "asymmetric W4A8"),
+    (lambda t: t.pop("a.weight"), "weight is missing"),
+])  # fmt: skip
+def test_bad_layers_are_refused_by_name(tmp_path, edit, words):
+    path = file_of(tmp_path / "bad.safetensors", {"a": "nvfp4"}, mark="tensors", edit=lambda t, r, m: edit(t))
+    with pytest.raises(ValueError, match=rf"bad\.safetensors: a.*{words}"):
+        Checkpoint(path)
+
+
+def header(entries, data=b"", length=None):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"", "header length"),
+    (b"\x80\x04pickle....", "header length"),
+    (header({}, length=1 << 60), "header length"),
+    (struct.pack("<Q", 4) + b"[1,2", "not JSON"),
+    (header([]), "not a JSON object"),
+    (header({"a": F32}, b"1234"), "file has .* bytes, its header describes"),
+    (header({"a": F32}, b"123456789"), "file has .* bytes, its header describes"),
+    (header({"a": F32 | {"dtype": "F4"}}, b"12345678"), "a: header entry"),
+    (header({"a": F32 | {"shape": [3]}}, b"12345678"), "a: header entry"),
+    (header({"a": F32 | {"shape": [-1]}}, b"12345678"), "a: header entry"),
+    (header({"a": F32, "b": F32}, b"12345678"), "b: header entry"),
+    (header({"a": 7}), "a: header entry"),
+    (header({"__metadata__": 7}), "__metadata__ is not"),
+])  # fmt: skip
+def test_damaged_files_are_refused(tmp_path, content, words):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"bad\.safetensors: .*{words}"):
+        Checkpoint(path)
+
+
+def test_missing_file_is_said(tmp_path):
+    with pytest.raises(ValueError, match="nothere.safetensors: cannot be read: No such file"):
+        Checkpoint(tmp_path / "nothere.safetensors")
+
+
+SPECS = {
+    "a": TensorSpec(torch.float32, (3,)),
+    "b": TensorSpec(torch.uint8, (5,)),
+    "c": TensorSpec(torch.bfloat16, (2, 2)),
+}
+
+
+def write_all(writer):
+    for key, spec in SPECS.items():
+        writer.write(key, torch.ones(spec.shape, dtype=spec.dtype))
+    writer.finish({"note": "é<b>"})
+
+
+def test_written_file_is_read_by_safetensors(tmp_path):
+    path = tmp_path / "out.safetensors"
+    with Writer(path, SPECS, reserve=100) as writer:
+        write_all(writer)
+        assert not path.exists()
+        writer.publish()
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"note": "é<b>"} and set(file.keys()) == set(SPECS)
+        assert torch.equal(file.get_tensor("c"), torch.ones(2, 2, dtype=torch.bfloat16))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert os.listdir(tmp_path) == ["out.safetensors"]
+
+
+def test_unfinished_write_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "out.safetensors", SPECS, reserve=0) as writer:
+        writer.write("a", torch.ones(3))
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_file_is_kept_unless_overwriting(tmp_path):
+    path = tmp_path / "out.safetensors"
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="already exists"):
+        Writer(path, SPECS, reserve=0)
+    with Writer(path, SPECS, reserve=100, overwrite=True) as writer:
+        write_all(writer)
+        assert path.read_bytes() == b"mine"
+        writer.publish()
+    assert path.read_bytes() != b"mine"
+
+
+def test_writer_refuses_wrong_tensors_and_gaps(tmp_path):
+    with Writer(tmp_path / "out.safetensors", SPECS, reserve=0) as writer:
+        with pytest.raises(ValueError, match="expected float32"):
+            writer.write("a", torch.ones(4))
+        writer.write("a", torch.ones(3))
+        with pytest.raises(ValueError, match="once"):
+            writer.write("a", torch.ones(3))
+        with pytest.raises(RuntimeError, match="2 tensors were never written"):
+            writer.finish({})
+
+
+def test_a_full_disk_is_found_before_the_work(tmp_path):
+    huge = {"a": TensorSpec(torch.uint8, (1 << 60,))}
+    with pytest.raises(ValueError, match="free some space"):
+        Writer(tmp_path / "out.safetensors", huge, reserve=0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_reading_one_tensor_holds_one_tensor(tmp_path):
+    save_file({f"t{i}": torch.zeros(1 << 20) for i in range(8)}, tmp_path / "a.safetensors")
+    file = Checkpoint(tmp_path / "a.safetensors")
+    tracemalloc.start()
+    for key in file.tensors:
+        assert file.read(key).shape == (1 << 20,)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20  # torch's buffers are not Python's; nothing else is held
+    tracemalloc.stop()
