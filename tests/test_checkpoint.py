@@ -130,8 +130,8 @@ def test_padded_weight_reads_back_in_its_logical_shape(tmp_path):
 @pytest.mark.parametrize(("edit", "words"), [
     (lambda t: t.pop("a.weight_scale_2"), "weight_scale_2 is missing"),
     (lambda t: t.update({"a.weight_scale": torch.zeros(96, 1)}), r"weight_scale is \(96, 1\), nvfp4 needs \(128, 8\)"),
-    (lambda t: t.update({"a.weight": torch.zeros(96, 64, dtype=torch.bfloat16)}), "weight is bfloat16, nvfp4 needs uint8"),
-    (lambda t: t.update({"a.comfy_quant": formats.marker({"format": "int8_blockwise"})}), "'int8_blockwise' is not loadable"),
+    (lambda t: t.update({"a.weight": torch.zeros(96, 64).bfloat16()}), "weight is bfloat16, nvfp4 needs uint8"),
+    (lambda t: t.update({"a.comfy_quant": formats.marker({"format": "int4_x"})}), "'int4_x' is not loadable"),
     (lambda t: t.update({"a.comfy_quant": torch.zeros(4, dtype=torch.uint8)}), "not a quantization record"),
     (lambda t: t.update({"a.weight_correction": torch.zeros(8, 96)}), "asymmetric W4A8"),
     (lambda t: t.pop("a.weight"), "weight is missing"),
@@ -173,7 +173,7 @@ def test_damaged_files_are_refused(tmp_path, content, words):
 
 
 def test_missing_file_is_said(tmp_path):
-    with pytest.raises(ValueError, match="nothere.safetensors: cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"nothere\.safetensors: cannot be read: No such file"):
         Checkpoint(tmp_path / "nothere.safetensors")
 
 

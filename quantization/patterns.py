@@ -1,0 +1,75 @@
+"""Which layers a recipe's pattern names: a glob over module paths, or a regular expression over tensor keys."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+
+@cache
+def compile(pattern: str, regex: bool = False) -> re.Pattern:
+    """The expression to search in `<module path>.weight`."""
+    if regex:
+        try:
+            return re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"pattern '{pattern}' is no regular expression: {error}") from error
+    if mistake := _mistake(pattern):
+        raise ValueError(f"pattern '{pattern}' {mistake}")
+    words = {"**": ".*", "**.": r"(?:[^.]+\.)*", ".**": r"(?:\.[^.]+)*"}
+    tokens = re.findall(r"\*\*\.|\.\*\*|\*\*|\{[^}]*\}|[^{}]", pattern)
+    return re.compile(rf"\A{''.join(words.get(token) or _alternatives(token) for token in tokens)}\.weight\Z")
+
+
+def _mistake(pattern: str) -> str | None:
+    """What keeps a glob from ever meaning something."""
+    if strange := re.search(r"[^\w.*{},/-]", pattern):
+        return f"has {strange[0]!r}, which no module path has; for a regular expression add regex = true"
+    if not re.fullmatch(r"([^{},]|\{[^{},]+(,[^{},]+)*\})*", pattern):
+        return "has a bad brace; write {a,b} or {0-9,11}, neither nested nor with an empty alternative"
+    if re.search(r"[^.]\*\*|\*\*[^.]|\*\*\.\*\*", pattern):
+        return "has a ** that is not one whole segment; write * within a segment"
+    if re.search(r"^\.|\.\.|\.$|^$", pattern):
+        return "has an empty segment; write names between single dots"
+    if pattern.endswith(".weight") or pattern.startswith("model.diffusion_model."):
+        return "names a tensor; write the module path, without model.diffusion_model. and .weight"
+    for low, high in re.findall(r"(?<=[{,])(\d+)-(\d+)(?=[,}])", pattern):
+        if int(low) > int(high):
+            return f"counts down; write {high}-{low}"
+    return None
+
+
+def _alternatives(token: str) -> str:
+    """`{a,b,0-9}` or one character as an expression."""
+    texts = []
+    for text in token.strip("{}").split(","):
+        low, dash, high = text.partition("-")
+        counts = dash and low.isdecimal() and high.isdecimal()
+        texts += [str(n) for n in range(int(low), int(high) + 1)] if counts else [text]
+    return f"(?:{'|'.join(re.escape(text) for text in texts)})".replace(r"\*", "[^.]*")
+
+
+def alternatives(expression: str) -> tuple[str, ...]:
+    """The parts of a regular expression between its outermost `|`; searching for any of them is searching for it."""
+    if re.search(r"\(\?|\\\d|\[", expression):  # flags, references and sets need the whole
+        return (expression,)
+    parts, depth = [""], 0
+    for token in re.findall(r"\\.|.", expression, re.DOTALL):
+        depth += (token == "(") - (token == ")")
+        if token == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return tuple(parts)
+
+
+def numbers(values: list[int]) -> str:
+    """Ascending numbers as a pattern: [3] is `3`, [0, 1, 2, 5] is `{0-2,5}`."""
+    spans: list[list[int]] = []
+    for value in values:
+        if spans and value == spans[-1][1] + 1:
+            spans[-1][1] = value
+        else:
+            spans.append([value, value])
+    texts = [f"{low}-{high}" if low < high else f"{low}" for low, high in spans]
+    return f"{{{','.join(texts)}}}" if len(values) > 1 else texts[0]

@@ -1,0 +1,1 @@
+"""Layer to format, with reasons: the recipes that come with Tessera."""
