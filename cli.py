@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def verify(arguments) -> dict:
 
 def _recipe(arguments) -> recipe.Recipe:
     if arguments.convert_to_quant:
-        return recipe.from_convert_to_quant(shlex.split(arguments.convert_to_quant))
+        return recipe.from_convert_to_quant(arguments.convert_to_quant)
     if not arguments.recipe:
         raise ValueError(f"--recipe is missing; built in are {', '.join(recipe.names())}, or give a .toml file")
     return recipe.find(arguments.recipe)

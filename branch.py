@@ -1,0 +1,149 @@
+"""Low-rank branches beside the layers of a model: exact, unmerged, at any strength.
+
+The weights live in a module of their own, so that the host counts, offloads and clones them; forward hooks add
+strength * up(down(x)) to a layer's output; strength is a 0-d tensor that belongs to one attachment, not to the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .quantization.lowrank import LowRank
+
+log = logging.getLogger("tessera")
+
+Rows = tuple[int, int] | None
+Targets = Mapping[str, tuple[str, Rows]]
+HOOKS = "_tessera_hooks"  # on the model: attachment key -> (weak patcher, hook handles)
+
+
+class Branch(nn.Module):
+    """up(down(x)) for one layer, or for `rows` (start, length) of its output."""
+
+    def __init__(self, pair: LowRank, rows: Rows, linear: type[nn.Module]):
+        super().__init__()
+        self.down = _linear(linear, pair.down)
+        self.up = _linear(linear, pair.up)
+        self.rows = rows
+        self.fired = 0
+
+    def add(self, output: Tensor, x: Tensor, strength: Tensor) -> Tensor:
+        """output [..., out] + strength * branch(x [..., in]), in x's dtype."""
+        self.fired += 1
+        # strength meets the r-wide middle, where it costs least; on any device without a copy, as it is 0-d
+        delta = self.up(self.down(x) * strength).to(output.dtype)
+        if self.rows is None:
+            return output + delta
+        start, length = self.rows
+        return torch.cat((output[..., :start], output[..., start : start + length] + delta,
+                          output[..., start + length :]), dim=-1)  # fmt: skip
+
+
+class Branches(nn.Module):
+    """All branches of one LoRA file; `layers` says, in the same order, which module each belongs to."""
+
+    def __init__(self, pairs: list[tuple[str, LowRank, Rows]], linear: type[nn.Module]):
+        super().__init__()
+        self.layers = [name for name, _, _ in pairs]
+        self.items = nn.ModuleList(Branch(pair, rows, linear) for _, pair, rows in pairs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parameters())
+
+
+@dataclass
+class SideBranch:
+    """One attachment: its key on patchers and its strength. Everything else is taken from the patcher at inject time,
+    so that clones, deep clones and copies on other devices get their own hooks."""
+
+    key: str
+    strength: float
+    _tensor: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self._tensor = torch.tensor(float(self.strength))
+
+    def set_strength(self, strength: float) -> None:
+        """Takes effect at the next forward; nothing is reloaded or recompiled."""
+        self._tensor.fill_(float(strength))
+
+    def inject(self, patcher) -> None:
+        """Hooks this patcher's model; an earlier attachment of the same key is replaced."""
+        registry = patcher.model.__dict__.setdefault(HOOKS, {})
+        for handle in registry.pop(self.key, (None, ()))[1]:
+            handle.remove()
+        branches: Branches = patcher.get_additional_models_with_key(self.key)[0].model
+        handles = []
+        for name, item in zip(branches.layers, branches.items, strict=True):
+            item.fired = 0
+            handles.append(patcher.model.get_submodule(name).register_forward_hook(self._hook(item)))
+        registry[self.key] = (weakref.ref(patcher), handles)
+
+    def eject(self, patcher) -> None:
+        """Unhooks the model; does nothing if another patcher has hooked it since."""
+        registry = patcher.model.__dict__.get(HOOKS, {})
+        if self.key not in registry or registry[self.key][0]() is not patcher:
+            return
+        for handle in registry.pop(self.key)[1]:
+            handle.remove()
+        self._warn_unserved(patcher)
+
+    def _hook(self, item: Branch):
+        return lambda module, inputs, output: item.add(output, inputs[0], self._tensor)
+
+    def _warn_unserved(self, patcher) -> None:
+        """Some hosts run a fused linear that passes hooks by (`linear_input_act`): say so, once per attachment."""
+        branches: Branches = patcher.get_additional_models_with_key(self.key)[0].model
+        silent = [name for name, item in zip(branches.layers, branches.items, strict=True) if not item.fired]
+        if silent and len(silent) < len(branches.layers):
+            log.warning("Tessera: %d of %d corrected layers ran past their correction (first: %s)",
+                        len(silent), len(branches.layers), silent[0])  # fmt: skip
+
+
+def match(file: str, pairs: Mapping[str, LowRank], targets: Targets, model: nn.Module):
+    """([(module path, pair, rows)], base names that fit nothing).
+
+    Raises ValueError if no name fits, or if a pair does not fit the layer it names.
+    """
+    matched, unmatched = [], []
+    for base, pair in pairs.items():
+        if base not in targets:
+            unmatched.append(base)
+            continue
+        name, rows = targets[base]
+        module = model.get_submodule(name)
+        _check_fit(file, base, pair, module, rows)
+        matched.append((name, pair, rows))
+    if not matched:
+        first = f"; first unmatched key {unmatched[0]}" if unmatched else ""
+        raise ValueError(
+            f"{file}: 0 of {len(pairs)} LoRA layers match this model{first}; it was made for another model"
+        )
+    return matched, unmatched
+
+
+def _check_fit(file: str, base: str, pair: LowRank, module: nn.Module, rows: Rows) -> None:
+    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    if None in shape:
+        raise ValueError(
+            f"{file}: {base}: is a {type(module).__name__}, not a linear layer; only those can be corrected"
+        )
+    wanted = (rows[1] if rows else shape[0], shape[1])
+    found = (pair.up.shape[0], pair.down.shape[1])
+    if found != wanted:
+        raise ValueError(
+            f"{file}: {base}: the LoRA is {list(found)}, the layer {list(wanted)}; it was made for another model"
+        )
+
+
+def _linear(cls: type[nn.Module], weight: Tensor) -> nn.Module:
+    layer = cls(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer

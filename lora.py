@@ -1,0 +1,55 @@
+"""LoRA files: low-rank pairs in every spelling, by the name of what they change."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from .checkpoint import PREFIXES, Checkpoint
+from .quantization.lowrank import LowRank
+
+_PART = re.compile(
+    r"[._](?P<part>lora_(?:up|down|A|B)|lora[.](?:up|down))(?:\.default)?(?:\.weight)?$"  # kohya, PEFT, diffusers
+)
+_UP = ("lora_up", "lora_B", "lora.up")
+OTHER_ADAPTERS = ("dora_scale", "lokr_", "hada_", "oft_", "glora", ".diff", ".set_weight", "reshape_weight", "lora_mid")
+
+
+def read(path: Path) -> dict[str, LowRank]:
+    """Every pair of a LoRA file by its base name, repeated prefixes stripped and alpha/rank folded into `up`.
+
+    Raises ValueError if the file holds anything but low-rank pairs, or half a pair.
+    """
+    file = Checkpoint(Path(path))
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key in file.tensors:
+        match = _PART.search(key)
+        base, part = (key[: match.start()], match["part"]) if match else key.rsplit(".", 1)
+        if match is None and part != "alpha":
+            kind = next((kind for kind in OTHER_ADAPTERS if kind in key), None)
+            found = f"a {kind.strip('._')} adapter" if kind else "not a LoRA tensor"
+            raise ValueError(f"{file.name}: {key}: {found}; only plain low-rank LoRAs can ride beside a weight")
+        parts.setdefault(base, {})["up" if part in _UP else "alpha" if part == "alpha" else "down"] = file.read(key)
+    return {strip_repeated_prefix(base): _pair(file.name, base, found) for base, found in parts.items()}
+
+
+def strip_repeated_prefix(base: str) -> str:
+    """diffusion_model.model.diffusion_model.x -> diffusion_model.x: convert_to_quant doubles it (format.md 4)."""
+    for outer in PREFIXES:
+        for inner in PREFIXES:
+            if base.startswith(outer + inner):
+                return strip_repeated_prefix("diffusion_model." + base.removeprefix(outer + inner))
+    return base
+
+
+def _pair(file: str, base: str, found: dict[str, torch.Tensor]) -> LowRank:
+    missing = [part for part in ("up", "down") if part not in found]
+    if missing:
+        raise ValueError(f"{file}: {base}: lora_{missing[0]} is missing; the file is incomplete")
+    up, down = found["up"], found["down"]
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+        raise ValueError(f"{file}: {base}: up {list(up.shape)} and down {list(down.shape)} are no [out, r] and [r, in]")
+    scale = found["alpha"].item() / down.shape[0] if "alpha" in found else 1.0
+    return LowRank(up if scale == 1.0 else (up.float() * scale).to(up.dtype), down)

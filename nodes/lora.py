@@ -1,0 +1,43 @@
+"""The error-correction slider."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import io
+
+from .. import host
+
+BESIDE = "(beside the checkpoint)"
+log = logging.getLogger("tessera")
+
+
+class CorrectionLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            "TesseraCorrectionLoRA", "Error-Correction LoRA (Tessera)", "tessera",
+            inputs=[
+                io.Model.Input("model", tooltip="A quantized model, from any loader."),
+                io.Combo.Input("lora_name", options=[BESIDE, *host.filenames("loras")], default=BESIDE,
+                               tooltip="By default <checkpoint>_lora.safetensors, from the checkpoint's own folder or "
+                               "from models/loras."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.01,
+                               display_mode=io.NumberDisplay.slider,
+                               tooltip="0 is the quantized model alone, 1 the whole correction; more overshoots."),
+            ],
+            outputs=[io.Model.Output()],
+            description="Adds a quantized model's correction beside its packed weights, exactly and at any strength. "
+            "No weight is rewritten, moving the slider reloads nothing.",
+            search_aliases=["lora", "strength", "svd", "quantization error", "slider"],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, lora_name=BESIDE, strength=1.0):
+        path = host.lora_beside(model) if lora_name == BESIDE else host.full_path("loras", lora_name)
+        if path is None:
+            raise ValueError("no correction LoRA lies beside this checkpoint; choose one in lora_name, or quantize the "
+                             "original with TesseraQuantize, which writes one")  # fmt: skip
+        patched, attached = host.attach_lora(model, path, strength)
+        log.info("Tessera: %s", host.coverage(model, attached))
+        return io.NodeOutput(patched, ui={"text": [host.coverage(model, attached)]})
