@@ -89,7 +89,8 @@ class Job:
         self._refuse_same_file()
         self.layer_map = self.recipe.resolve(self.source.shapes())
         if self.layer_map.problems:
-            raise ValueError(f"{self.source.name}: " + "\n".join(self.layer_map.problems))
+            first, more = self.layer_map.problems[0], len(self.layer_map.problems) - 1
+            raise ValueError(f"{self.source.name}: {first}" + (f"; and {more} more layers like it" if more else ""))
         self.warnings += self.layer_map.warnings
         if not self.formats():
             raise ValueError(f"{self.source.name}: recipe {self.recipe.name} quantizes none of its layers; "

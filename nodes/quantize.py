@@ -31,8 +31,8 @@ class Quantize(io.ComfyNode):
                                tooltip="The BF16 file to quantize. Not read if a model or clip is connected."),
                 io.Combo.Input("recipe", options=_recipes(),
                                tooltip="Which layer takes which format. Your own: user/tessera/recipes/*.toml."),
-                io.String.Input("filename", default="", tooltip="Name of the new file, below models/diffusion_models or "
-                                "models/text_encoders. Empty: source and recipe. Nothing is overwritten."),
+                io.String.Input("filename", default="", tooltip="Name of the new file, below diffusion_models or "
+                                "text_encoders in models. Empty: source and recipe. Nothing is overwritten."),
                 io.Int.Input("rank", default=32, min=0, max=256, optional=True,
                              tooltip="Rank of the error-correction LoRA, saved in models/loras. 0 writes none."),
                 io.Model.Input("model", optional=True, tooltip="Quantize this model instead, its LoRAs merged in."),

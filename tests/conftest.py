@@ -1,8 +1,15 @@
 """Loads the pack by path, as ComfyUI does, under the name `tessera`."""
 
 import importlib.util
+import os
+import shutil
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+import comfy_host
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
@@ -20,3 +27,28 @@ def load_pack():
 
 
 load_pack()
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory):
+    """The real ComfyUI in this process; its models folder. Everything runs in inference mode, as in its executor."""
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH is not set: run scripts/test, or scripts/setup_host.py")
+    base = tmp_path_factory.mktemp("comfyui")
+    comfy_host.start(base)
+    with torch.inference_mode():
+        yield base / "models"
+
+
+@pytest.fixture(scope="session")
+def tiny(comfy):
+    """The tiny Z-Image quantized with the NVFP4 recipe in the host's folders: {bf16, model, lora} -> file name."""
+    from tessera.checkpoint import Checkpoint
+    from tessera.job import Job
+    from tessera.quantization import recipe
+
+    shutil.copy(comfy_host.TINY, comfy / "diffusion_models" / "tiny.safetensors")
+    target = comfy / "diffusion_models" / "tiny_nvfp4.safetensors"
+    lora = comfy / "loras" / "tiny_nvfp4_lora.safetensors"
+    Job(Checkpoint(comfy_host.TINY), target, recipe.builtin("z_image_nvfp4"), lora).run()
+    return {"bf16": "tiny.safetensors", "model": target.name, "lora": lora.name}

@@ -1,0 +1,98 @@
+"""The real ComfyUI in this process, with the tiny trained Z-Image: load, sample, and measure velocities."""
+
+import asyncio
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "tiny" / "tiny_zimage_bf16.safetensors"
+STEPS = 8
+PROMPTS = (
+    "big red star center on white plain", "small blue ring top left on black checker",
+    "big green circle bottom right on yellow stripes", "big yellow heart center on blue plain",
+)  # fmt: skip
+
+
+def start(base):
+    """Imports ComfyUI from COMFYUI_PATH as `main.py --cpu --base-directory base` would; once per process."""
+    for folder in ("diffusion_models", "text_encoders", "loras"):
+        (base / "models" / folder).mkdir(parents=True)
+    sys.argv = [sys.argv[0], "--cpu", "--base-directory", str(base)]
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.utils
+    import nodes  # noqa: F401 the host's, which imports the rest
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    load_pack("tiny_pack", ROOT / "tests" / "tiny" / "node_pack").install_shim()
+
+
+def load_pack(name, folder):
+    if name not in sys.modules:
+        where = [str(folder)]
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=where)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def node(name, pack="tessera"):
+    """A V3 node class of a pack by node id."""
+    extension = asyncio.run(sys.modules[pack].comfy_entrypoint())
+    found = {cls.GET_SCHEMA().node_id: cls for cls in asyncio.run(extension.get_node_list())}
+    return found[name]
+
+
+def prompt(text):
+    return node("TinyPrompt", "tiny_pack").execute(text).args[0]
+
+
+def sample(model, text=PROMPTS[0], seed=5, steps=STEPS):
+    """The final latent [1, 16, 16, 16] of the host's KSampler, euler/simple."""
+    import nodes
+
+    empty = {"samples": torch.zeros(1, 16, 16, 16)}
+    positive, negative = prompt(text), prompt("")
+    return nodes.common_ksampler(model, seed, steps, 1.0, "euler", "simple", positive, negative, empty)[0]["samples"]
+
+
+class Trajectory:
+    """What a reference model sees and answers while sampling, to put the same questions to another model."""
+
+    def __init__(self, model, text=PROMPTS[0], seed=5):
+        self.text, self.seed, self.calls = text, seed, []
+        self.latent = sample(self._wrapped(model, self._record), text, seed)
+
+    def velocities(self, model):
+        """Relative error of the model's velocity at every recorded step, inputs as recorded (teacher-forced)."""
+        self.errors, self.step = [], 0
+        sample(self._wrapped(model, self._compare), self.text, self.seed)
+        return self.errors
+
+    def _wrapped(self, model, wrapper):
+        clone = model.clone()
+        clone.set_model_unet_function_wrapper(wrapper)
+        return clone
+
+    def _record(self, apply, call):
+        x, sigma, conditioning = call["input"], call["timestep"], call["c"]
+        denoised = apply(x, sigma, **conditioning)
+        self.calls.append((x.clone(), sigma.clone(), denoised.clone()))
+        return denoised
+
+    def _compare(self, apply, call):
+        x, sigma, truth = self.calls[self.step]
+        self.step += 1
+        wanted, found = (x - truth) / sigma, (x - apply(x, sigma, **call["c"])) / sigma
+        self.errors.append(((found - wanted).norm() / wanted.norm()).item())
+        return truth
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
