@@ -30,7 +30,7 @@ load_pack()
 
 
 @pytest.fixture(scope="session")
-def comfy(tmp_path_factory):
+def models(tmp_path_factory):
     """The real ComfyUI in this process; its models folder. Everything runs in inference mode, as in its executor."""
     if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set: run scripts/test, or scripts/setup_host.py")
@@ -41,14 +41,14 @@ def comfy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(comfy):
+def tiny(models):
     """The tiny Z-Image quantized with the NVFP4 recipe in the host's folders: {bf16, model, lora} -> file name."""
     from tessera.checkpoint import Checkpoint
     from tessera.job import Job
     from tessera.quantization import recipe
 
-    shutil.copy(comfy_host.TINY, comfy / "diffusion_models" / "tiny.safetensors")
-    target = comfy / "diffusion_models" / "tiny_nvfp4.safetensors"
-    lora = comfy / "loras" / "tiny_nvfp4_lora.safetensors"
+    shutil.copy(comfy_host.TINY, models / "diffusion_models" / "tiny.safetensors")
+    target = models / "diffusion_models" / "tiny_nvfp4.safetensors"
+    lora = models / "loras" / "tiny_nvfp4_lora.safetensors"
     Job(Checkpoint(comfy_host.TINY), target, recipe.builtin("z_image_nvfp4"), lora).run()
     return {"bf16": "tiny.safetensors", "model": target.name, "lora": lora.name}

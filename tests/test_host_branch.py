@@ -1,0 +1,258 @@
+"""Inside the real ComfyUI: the correction branch behaves where core's bypass loader is known not to (host.md 5)."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from comfy_host import Trajectory, node, relative, sample
+
+pytestmark = pytest.mark.host
+LAYER = "diffusion_model.layers.0.feed_forward.w1"
+
+
+@pytest.fixture(params=["TesseraDiffusionModelLoader", "UNETLoader"])
+def model(request, tiny):
+    """The quantized tiny model, from our loader and from the stock one."""
+    return load(request.param, tiny["model"])
+
+
+def load(loader, name):
+    if loader == "UNETLoader":
+        import nodes
+
+        return nodes.UNETLoader().load_unet(name, "default")[0]
+    return node(loader).execute(name).args[0]
+
+
+def correct(model, lora, strength):
+    return node("TesseraCorrectionLoRA").execute(model, lora, strength).args[0]
+
+
+def forward(model, seed=0):
+    """One layer's output [1, 7, out] on the injected model, as a sampling step would compute it."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model, *model.get_nested_additional_models()])
+    model.pre_run()
+    x = torch.randn(1, 7, 256, generator=torch.Generator().manual_seed(seed))
+    output = model.model.get_submodule(LAYER)(x)
+    model.cleanup()
+    return output
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) for m in model.model.modules())
+
+
+@pytest.fixture
+def pair(comfy, tiny):
+    """The correction of LAYER: fp32 product [out, in]."""
+    stored = load_file(models / "loras" / tiny["lora"])
+    return stored[f"{LAYER}.lora_up.weight"].float() @ stored[f"{LAYER}.lora_down.weight"].float()
+
+
+def effect(model, base, pair):
+    """How many times the correction the model's layer carries: least squares of its output's difference."""
+    x = torch.randn(1, 7, 256, generator=torch.Generator().manual_seed(0))
+    unit, found = x @ pair.T, forward(model) - forward(base)
+    factor = ((unit * found).sum() / unit.square().sum()).item()
+    assert (found - factor * unit).norm() < 2e-3 * max(unit.norm() * abs(factor), 1e-3)
+    return factor
+
+
+def test_strength_is_linear_and_exact(model, tiny, pair):
+    for strength in (0.25, 1.0, 2.0):
+        assert effect(correct(model, tiny["lora"], strength), model, pair) == pytest.approx(strength, abs=2e-3)
+
+
+def test_strength_zero_is_bit_identical_to_no_node(model, tiny):
+    assert torch.equal(sample(correct(model, tiny["lora"], 0.0)), sample(model))
+
+
+def test_nodes_stack(model, tiny, pair):
+    twice = correct(correct(model, tiny["lora"], 0.5), tiny["lora"], 1.0)
+    assert effect(twice, model, pair) == pytest.approx(1.5, abs=3e-3)
+
+
+def test_two_clones_keep_their_own_strengths(model, tiny, pair):
+    half, more = correct(model, tiny["lora"], 0.5), correct(model, tiny["lora"], 1.5)
+    for _ in range(2):  # switching back and forth
+        assert effect(half, model, pair) == pytest.approx(0.5, abs=2e-3)
+        assert effect(more, model, pair) == pytest.approx(1.5, abs=3e-3)
+        assert effect(model, model, pair) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_clone_of_a_running_model_acts_once(model, tiny, pair):
+    import comfy.model_management
+
+    fixed = correct(model, tiny["lora"], 1.0)
+    comfy.model_management.load_models_gpu([fixed, *fixed.get_nested_additional_models()])
+    assert effect(fixed.clone(), model, pair) == pytest.approx(1.0, abs=2e-3)
+
+
+def test_deep_clones_carry_the_correction(model, tiny, pair):
+    fixed = correct(model, tiny["lora"], 1.5)
+    for copy in (fixed.clone(force_deepcopy=True), fixed.deepclone_multigpu(fixed.load_device)):
+        assert copy.model is not fixed.model
+        assert effect(copy, model, pair) == pytest.approx(1.5, abs=3e-3)
+    assert effect(model, model, pair) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_ejecting_leaves_the_base_bit_equal_and_no_hook(model, tiny):
+    before = forward(model)
+    fixed = correct(correct(model, tiny["lora"], 1.0), tiny["lora"], 0.5)
+    forward(fixed)
+    assert not torch.equal(forward(fixed), before)
+    fixed.eject_model()
+    assert hooks(fixed) == 0 and torch.equal(forward(model), before)
+
+
+def test_unloading_everything_leaves_no_hook(model, tiny):
+    import comfy.model_management
+
+    fixed = correct(model, tiny["lora"], 1.0)
+    sample(fixed)
+    comfy.model_management.unload_all_models()
+    assert hooks(fixed) == 0
+
+
+def test_core_bypass_beside_it_in_either_order(model, tiny, pair, models):
+    import comfy.sd
+    import comfy.utils
+
+    weights = comfy.utils.load_torch_file(str(models / "loras" / tiny["lora"]))
+
+    def bypass(model):
+        return comfy.sd.load_bypass_lora_for_models(model, None, dict(weights), 1.0, 0.0)[0]
+
+    for both in (correct(bypass(model), tiny["lora"], 0.5), bypass(correct(model, tiny["lora"], 0.5))):
+        assert effect(both, model, pair) == pytest.approx(1.5, abs=0.015)
+
+
+def test_every_byte_of_the_branches_is_accounted(model, tiny, models):
+    import comfy.model_management
+
+    fixed = correct(model, tiny["lora"], 1.0)
+    [side] = fixed.get_nested_additional_models()
+    stored = sum(t.nbytes for t in load_file(models / "loras" / tiny["lora"]).values())
+    assert side.model_size() == stored
+    comfy.model_management.load_models_gpu([fixed, side])
+    assert side.loaded_size() == stored and side.load_device == fixed.load_device
+
+
+def test_diffusers_names_change_only_their_rows(model, tiny, models):
+    """to_k is the middle third of Z-Image's fused qkv; core's bypass loader drops such keys."""
+    generator = torch.Generator().manual_seed(1)
+    up, down = torch.randn(256, 4, generator=generator), torch.randn(4, 256, generator=generator)
+    base = "transformer.layers.0.attention.to_k"
+    save_file({f"{base}.lora_B.weight": up, f"{base}.lora_A.weight": down}, models / "loras" / "to_k.safetensors")
+    sliced = correct(model, "to_k.safetensors", 0.01)
+    qkv = "diffusion_model.layers.0.attention.qkv"
+    x = torch.randn(1, 5, 256, generator=generator)
+    before = model.model.get_submodule(qkv)(x)
+    forward(sliced)
+    sliced.inject_model()
+    delta = sliced.model.get_submodule(qkv)(x) - before
+    sliced.eject_model()
+    assert delta[..., :256].abs().max() == 0 and delta[..., 512:].abs().max() == 0
+    assert relative(delta[..., 256:512], 0.01 * x @ (up @ down).T) < 1e-3
+
+
+def test_strength_written_to_an_injected_model_acts_at_once(model, tiny, pair):
+    """What a strength schedule does: no reload, no new hook."""
+    fixed = correct(model, tiny["lora"], 1.0)
+    forward(fixed)
+    side = next(iter(fixed.injections.values()))[0].inject.__self__
+    side.set_strength(0.25)
+    assert effect(fixed, model, pair) == pytest.approx(0.25, abs=2e-3)
+
+
+def test_moving_the_slider_reads_no_file_and_writes_no_weight(model, tiny, monkeypatch):
+    forward(correct(model, tiny["lora"], 1.0))
+    before = {k: (v.data_ptr(), v.clone().reshape(-1)) for k, v in model.model.state_dict().items()}
+    monkeypatch.setattr("tessera.checkpoint.Checkpoint.read", lambda *a: pytest.fail("read from disk"))
+    moved = correct(model, tiny["lora"], 0.3)
+    forward(moved)
+    for key, value in moved.model.state_dict().items():
+        where, what = before[key]
+        assert key.endswith("comfy_quant") or value.data_ptr() == where, key
+        assert torch.equal(value.reshape(-1).view(torch.uint8), what.view(torch.uint8)), key
+
+
+def test_a_released_model_is_freed(tiny):
+    import comfy.model_management
+
+    fixed = correct(load("TesseraDiffusionModelLoader", tiny["model"]), tiny["lora"], 1.0)
+    sample(fixed)
+    alive = weakref.ref(fixed.model)
+    comfy.model_management.unload_all_models()
+    del fixed
+    gc.collect()
+    comfy.model_management.cleanup_models()
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_lora_for_another_model_is_refused(model, models):
+    up, down = torch.zeros(8, 2), torch.zeros(2, 8)
+    base = "lora_unet_down_blocks_0"
+    save_file({f"{base}.lora_up.weight": up, f"{base}.lora_down.weight": down}, models / "loras" / "sd.safetensors")
+    with pytest.raises(ValueError, match=r"sd\.safetensors: 0 of 1 LoRA layers match this model; first unmatched key"):
+        correct(model, "sd.safetensors", 1.0)
+    save_file({f"{LAYER}.lora_up.weight": up, f"{LAYER}.lora_down.weight": down}, models / "loras" / "small.safetensors")
+    with pytest.raises(ValueError, match=r"small\.safetensors: .*w1: the LoRA is \[8, 8\], the layer \[768, 256\]"):
+        correct(model, "small.safetensors", 1.0)
+
+
+def test_layers_that_run_past_their_correction_are_reported(model, tiny, caplog):
+    """Hosts with fused linears (`linear_input_act`) bypass forward hooks; the node must not stay silent about it."""
+    fixed = correct(model, tiny["lora"], 1.0)
+    layer = fixed.model.get_submodule(LAYER)
+    skipped = type(layer).forward.__get__(layer)
+    layer_call, parent = layer, fixed.model.get_submodule(LAYER.rpartition(".")[0])
+    parent.w1 = Unhooked(layer, skipped)
+    try:
+        sample(fixed)
+        fixed.eject_model()
+    finally:
+        parent.w1 = layer_call
+    assert "ran past their correction" in caplog.text and "w1" in caplog.text
+
+
+class Unhooked(torch.nn.Module):
+    """Runs a layer's forward without its hooks, as the host's fused linear does."""
+
+    def __init__(self, layer, forward):
+        super().__init__()
+        self.__dict__["layer"], self.__dict__["run"] = layer, forward
+
+    def forward(self, x):
+        return self.run(x)
+
+    def register_forward_hook(self, *a, **k):
+        return self.layer.register_forward_hook(*a, **k)
+
+
+def test_the_correction_of_the_file_is_found_beside_it(tiny):
+    from tessera.nodes.lora import BESIDE
+
+    model = load("UNETLoader", tiny["model"])
+    assert torch.equal(sample(correct(model, BESIDE, 1.0)), sample(correct(model, tiny["lora"], 1.0)))
+
+
+def test_correction_helps_and_merging_harms(tiny):
+    """One prompt; test_quality.py has the paired statistics."""
+    import nodes
+
+    truth = Trajectory(load("UNETLoader", tiny["bf16"]))
+    quantized = load("TesseraDiffusionModelLoader", tiny["model"])
+    merged = nodes.LoraLoaderModelOnly().load_lora_model_only(quantized, tiny["lora"], 1.0)[0]
+    mean = {name: sum(e) / len(e) for name, e in {
+        "corrected": truth.velocities(correct(quantized, tiny["lora"], 1.0)),
+        "quantized": truth.velocities(quantized),
+        "merged": truth.velocities(merged),
+    }.items()}  # fmt: skip
+    assert mean["corrected"] < mean["quantized"] < mean["merged"]
