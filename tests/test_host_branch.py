@@ -48,7 +48,7 @@ def hooks(model):
 
 
 @pytest.fixture
-def pair(comfy, tiny):
+def pair(models, tiny):
     """The correction of LAYER: fp32 product [out, in]."""
     stored = load_file(models / "loras" / tiny["lora"])
     return stored[f"{LAYER}.lora_up.weight"].float() @ stored[f"{LAYER}.lora_down.weight"].float()
