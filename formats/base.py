@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 FORMATS: dict[str, type[Format]] = {}
 """Every format by its `comfy_quant` name; a subclass enters when it is defined."""
+
+CHUNK = 1 << 20  # weights handled at once
 
 Entries = dict[str, Tensor]
 """Tensors of one layer as a checkpoint stores them, by suffix: weight, weight_scale, weight_scale_2, ..."""
@@ -25,6 +28,25 @@ class Quantized:
     qdata: Tensor  # one code per weight [out, in]
     scale: Tensor | None = None  # per tensor [] or per row [out, 1]
     block_scale: Tensor | None = None  # per block [out, in/block]
+
+    def split(self) -> Iterator[Quantized]:
+        """The same weight in pieces of some rows, so that temporaries stay small whatever the layer's size."""
+        for first in range(0, self.qdata.shape[0], step := chunk_rows(self.qdata.shape[1])):
+            rows = slice(first, first + step)
+            scale = self.scale if self.scale is None or self.scale.ndim == 0 else self.scale[rows]
+            yield Quantized(self.qdata[rows], scale, None if self.block_scale is None else self.block_scale[rows])
+
+
+def chunk_rows(in_features: int) -> int:
+    """Rows of a weight to work on at once."""
+    return max(1, CHUNK // in_features)
+
+
+def join(pieces: Iterable[Quantized]) -> Quantized:
+    """Row pieces of one weight put together; the inverse of `split` where scales are per block."""
+    pieces = list(pieces)
+    block_scale = None if pieces[0].block_scale is None else torch.cat([p.block_scale for p in pieces])
+    return Quantized(torch.cat([p.qdata for p in pieces]), pieces[0].scale, block_scale)
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,16 @@ class Format:
 
     def decode(self, quantized: Quantized) -> Tensor:
         """fp32 weight [out, in] that the codes stand for."""
+        weight = torch.empty(quantized.qdata.shape, device=quantized.qdata.device)
+        first = 0
+        for piece in quantized.split():
+            last = first + piece.qdata.shape[0]
+            weight[first:last] = self.decode_rows(piece)
+            first = last
+        return weight
+
+    def decode_rows(self, quantized: Quantized) -> Tensor:
+        """`decode` of a few rows; what a subclass implements."""
         raise NotImplementedError
 
     def pack(self, quantized: Quantized) -> Entries:
@@ -142,7 +174,7 @@ class Plain(Format):
     def encode(self, weight):
         return Quantized(weight.to(self.dtype))
 
-    def decode(self, quantized):
+    def decode_rows(self, quantized):
         return quantized.qdata.float()
 
     def pack(self, quantized):
@@ -164,7 +196,8 @@ def require_finite(weight: Tensor) -> None:
         bad = (~finite).nonzero()
         row, column = bad[0].tolist()
         raise ValueError(
-            f"{len(bad)} values are not finite, the first at [{row}, {column}] is {weight[row, column].item()}"
+            f"{len(bad)} values are not finite, the first at [{row}, {column}] is {weight[row, column].item()}; "
+            "no format stores that, repair the source or take an intact one"
         )
 
 

@@ -26,7 +26,7 @@ class FP8(Format):
         scale = amax / self.max if amax > 0 else torch.ones_like(amax)
         return Quantized((weight / scale).clamp(-self.max, self.max).to(self.dtype), scale)
 
-    def decode(self, quantized: Quantized) -> Tensor:
+    def decode_rows(self, quantized: Quantized) -> Tensor:
         return quantized.qdata.float() * quantized.scale
 
     def pack(self, quantized):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference as ref
-from .base import Format, Quantized, TensorSpec
+from .base import Format, Quantized, TensorSpec, chunk_rows
 
 HOST_GROUP = 256  # the group a host assumes when the record names none
 GROUPS = (256, 64, 16, 4)  # tried in this order: 256 is the most exact, and comfy-kitchen's fused kernel needs it
@@ -56,7 +57,7 @@ class INT8(Format):
                 f"in_features {in_features} is not a multiple of 4, so ConvRot cannot rotate it; use int8_row"
             )
         if not ref.is_power_of_4(group):
-            raise ValueError(f"convrot group {group} is not a power of 4 (4, 16, 64, 256, 1024)")
+            raise ValueError(f"convrot group {group} is not a power of 4; use 4, 16, 64, 256 or 1024")
         if in_features % group:
             raise ValueError(
                 f"in_features {in_features} is not a multiple of the ConvRot group {group}; "
@@ -76,9 +77,15 @@ class INT8(Format):
         rotated = ref.rotate(weight, self.convrot_groupsize) if self.convrot else weight
         amax = rotated.abs().amax(1, keepdim=True) if self.per_row else rotated.abs().amax()
         scale = (amax / 127.0).clamp(min=1e-30)
-        return Quantized(torch.round(rotated / scale).clamp(-128, 127).to(torch.int8), scale)
+        rows = chunk_rows(weight.shape[1])
+        scales = scale.split(rows) if self.per_row else itertools.repeat(scale)
+        codes = [
+            torch.round(r / s).clamp_(-128, 127).to(torch.int8)
+            for r, s in zip(rotated.split(rows), scales, strict=False)
+        ]
+        return Quantized(torch.cat(codes), scale)
 
-    def decode(self, quantized: Quantized) -> Tensor:
+    def decode_rows(self, quantized: Quantized) -> Tensor:
         weight = quantized.qdata.float() * quantized.scale
         return ref.rotate(weight, self.convrot_groupsize) if self.convrot else weight
 

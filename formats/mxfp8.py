@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference as ref
-from .base import Format, Quantized, TensorSpec
+from .base import Format, Quantized, TensorSpec, chunk_rows, join
 
 BLOCK = 32
 
@@ -30,6 +30,9 @@ class MXFP8(Format):
 
     def encode(self, weight: Tensor) -> Quantized:
         """Exponent ceil(log2(amax / 448)), so that nothing saturates, then round to nearest."""
+        return join(self._encode_rows(chunk) for chunk in weight.split(chunk_rows(weight.shape[1])))
+
+    def _encode_rows(self, weight: Tensor) -> Quantized:
         blocked = _blocks(weight)
         amax = blocked.abs().amax(-1)
         exponent = torch.ceil(torch.log2((amax / ref.E4M3_MAX).clamp(min=2.0**-127))).int() + ref.E8M0_BIAS
@@ -39,7 +42,7 @@ class MXFP8(Format):
         scaled = torch.where((step == 0).unsqueeze(-1), 0.0, scaled).clamp(-ref.E4M3_MAX, ref.E4M3_MAX)
         return Quantized(scaled.flatten(-2)[:, : weight.shape[1]].to(torch.float8_e4m3fn), block_scale=block_scale)
 
-    def decode(self, quantized: Quantized) -> Tensor:
+    def decode_rows(self, quantized: Quantized) -> Tensor:
         values = _blocks(quantized.qdata.float()) * ref.e8m0_decode(quantized.block_scale).unsqueeze(-1)
         return values.flatten(-2)[:, : quantized.qdata.shape[1]]
 

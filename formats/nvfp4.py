@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference as ref
-from .base import Format, Quantized, TensorSpec
+from .base import Format, Quantized, TensorSpec, chunk_rows, join
 
 BLOCK = 16
 
@@ -33,19 +33,24 @@ class NVFP4(Format):
         an all-zero weight gets scale 1, not 0."""
         amax = weight.abs().amax()
         scale = amax / (ref.E4M3_MAX * ref.E2M1_MAX) if amax > 0 else torch.ones_like(amax)
-        block_amax = blocks(weight).abs().amax(-1)
-        block_scale = (block_amax / ref.E2M1_MAX / scale).clamp(max=ref.E4M3_MAX).to(torch.float8_e4m3fn)
+        amaxes = torch.cat([blocks(chunk).abs().amax(-1) for chunk in weight.split(chunk_rows(weight.shape[1]))])
+        block_scale = (amaxes / ref.E2M1_MAX / scale).clamp(max=ref.E4M3_MAX).to(torch.float8_e4m3fn)
         return self.encode_with(weight, scale, block_scale)
 
     def encode_with(self, weight: Tensor, scale: Tensor, block_scale: Tensor) -> Quantized:
         """Codes nearest to `weight` for given scales; a block whose scale is 0 gets codes 0."""
+        rows = chunk_rows(weight.shape[1])
+        pieces = zip(weight.split(rows), block_scale.split(rows), strict=True)
+        return join(self._encode_rows(chunk, scale, chunk_scale) for chunk, chunk_scale in pieces)
+
+    def _encode_rows(self, weight: Tensor, scale: Tensor, block_scale: Tensor) -> Quantized:
         step = scale * block_scale.float()
         scaled = blocks(weight) / torch.where(step == 0, 1.0, step).unsqueeze(-1)
         scaled = torch.where((step == 0).unsqueeze(-1), 0.0, scaled)
         codes = ref.e2m1_encode(scaled.flatten(-2)[:, : weight.shape[1]])
         return Quantized(codes, scale, block_scale)
 
-    def decode(self, quantized: Quantized) -> Tensor:
+    def decode_rows(self, quantized: Quantized) -> Tensor:
         step = quantized.scale * quantized.block_scale.float()
         values = blocks(ref.e2m1_decode(quantized.qdata)) * step.unsqueeze(-1)
         return values.flatten(-2)[:, : quantized.qdata.shape[1]]

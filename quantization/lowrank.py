@@ -23,12 +23,21 @@ class LowRank:
         return self.down.shape[0]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of the weight it corrects."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
     def nbytes(self) -> int:
         return self.up.nbytes + self.down.nbytes
 
     def weight(self) -> Tensor:
         """The fp32 product [out, in]."""
         return self.up.float() @ self.down.float()
+
+    def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """weight [out, in] (fp32) + strength * the product, in place: no second matrix is made."""
+        return weight.addmm_(self.up.float(), self.down.float(), alpha=strength)
 
     def half(self) -> LowRank:
         """The factors in fp16, of equal norm per rank: their largest entries are roots of the singular values."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..formats import NVFP4, Entries, Format, Plain, Quantized, require_finite
 from . import lowrank, scales
 from .lowrank import LowRank
-from .metrics import relative_error
+from .metrics import norm, relative_error
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ def quantize(format: Format, weight: Tensor, rank: int, seed: int, sweep: bool =
     require_finite(weight)
     quantized = encode(format, weight, sweep)
     residual = format.decode(quantized).sub_(weight).neg_()
-    norm = weight.norm().item()
-    error = residual.norm().item() / norm if norm else 0.0
+    length = norm(weight)
+    error = norm(residual) / length if length else 0.0
     if isinstance(format, Plain) or not rank:
         return QuantizedLayer(format.pack(quantized), None, error, None)
     branch = lowrank.fit(residual, rank, seed).half()
-    corrected = residual.sub_(branch.weight()).norm().item() / norm if norm else 0.0
+    corrected = norm(branch.add_to(residual, -1)) / length if length else 0.0
     return QuantizedLayer(format.pack(quantized), branch, error, corrected)
 
 
@@ -46,9 +46,9 @@ def encode(format: Format, weight: Tensor, sweep: bool = True) -> Quantized:
 
 
 def layer_errors(stored: Tensor, branch: LowRank | None, weight: Tensor) -> list[float]:
-    """Relative error of a stored weight, then of weight + branch if there is one: what `quantize` promised."""
+    """Relative error of a stored weight, then of it + branch if there is one. Adds the branch to `stored` in place."""
     errors = [relative_error(stored, weight)]
-    return errors if branch is None else [*errors, relative_error(stored + branch.weight(), weight)]
+    return errors if branch is None else [*errors, relative_error(branch.add_to(stored), weight)]
 
 
 def layer_seed(seed: int, name: str) -> int:

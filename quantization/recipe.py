@@ -65,6 +65,8 @@ def read(path: str | Path) -> Recipe:
     """The recipe in a TOML file. Raises ValueError naming file, rule and value of the first mistake."""
     try:
         return _recipe(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")), Path(path).stem)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}; built in are {', '.join(names())}") from error
     except ValueError as error:  # bad TOML and bad UTF-8 are ValueErrors too
         raise ValueError(f"{path}: {error}") from error
 

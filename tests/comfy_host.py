@@ -12,8 +12,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny" / "tiny_zimage_bf16.safetensors"
 STEPS = 8
 PROMPTS = (
-    "big red star center on white plain", "small blue ring top left on black checker",
-    "big green circle bottom right on yellow stripes", "big yellow heart center on blue plain",
+    "big red star center on white plain", "big blue circle top left on cream checker",
+    "big yellow triangle bottom on navy plain", "big green square right on black stripes",
+    "big purple heart left on mint plain", "big orange ring top on gray dots",
+    "big cyan diamond bottom right on brown plain", "big pink moon center on navy stripes",
+    "big green cross top right on lilac plain", "big red arrow bottom left on cream dots",
+    "small blue square center on white checker", "small yellow heart right on black plain",
+    "small red circle top left on gray stripes", "small purple star bottom on mint dots",
+    "big orange circle left and small blue square right on white plain",
+    "small red heart top left and big cyan ring bottom right on navy plain",
 )  # fmt: skip
 
 
@@ -92,6 +99,40 @@ class Trajectory:
         wanted, found = (x - truth) / sigma, (x - apply(x, sigma, **call["c"])) / sigma
         self.errors.append(((found - wanted).norm() / wanted.norm()).item())
         return truth
+
+
+def picture(latent):
+    """The picture [h, w, 3] of a final latent, values in 0..1."""
+    return node("TinyDecode", "tiny_pack").execute({"samples": latent}, 1).args[0][0]
+
+
+def measure(reference, models, pairs):
+    """Per model name a list with one entry per (prompt, seed): velocity error (teacher-forced), latent error, PSNR dB."""
+    from tessera.quantization.metrics import psnr
+
+    rows = {name: [] for name in models}
+    for text, seed in pairs:
+        truth = Trajectory(reference, text, seed)
+        for name, model in models.items():
+            errors, latent = truth.velocities(model), sample(model, text, seed)
+            ratio = psnr(picture(latent), picture(truth.latent))
+            rows[name].append((sum(errors) / len(errors), relative(latent, truth.latent), ratio))
+    return rows
+
+
+def variants(names):
+    """(bf16 model, {name: model}): quantized, corrected at 0.5 and 1, and the LoRA merged by core's own loader."""
+    import nodes
+
+    load = node("TesseraDiffusionModelLoader").execute
+    quantized = load(names["model"]).args[0]
+
+    def correct(strength):
+        return node("TesseraCorrectionLoRA").execute(quantized, names["lora"], strength).args[0]
+
+    merged = nodes.LoraLoaderModelOnly().load_lora_model_only(quantized, names["lora"], 1.0)[0]
+    models = {"0": quantized, "0.5": correct(0.5), "1": correct(1.0), "merged": merged}
+    return load(names["bf16"]).args[0], models
 
 
 def relative(a, b):
