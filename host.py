@@ -316,7 +316,7 @@ class ModelSource:
                 raise ValueError(
                     f"{name}: {key}: is already quantized ({value.dtype}); quantize from the original file"
                 )
-        self.tensors = {k: TensorSpec(v.dtype, tuple(v.shape)) for k, v in self._parameters.items()}
+        self.tensors = {k: TensorSpec(_stored_dtype(v), tuple(v.shape)) for k, v in self._parameters.items()}
         self.nbytes = sum(spec.nbytes for spec in self.tensors.values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -337,6 +337,12 @@ class ModelSource:
         value = (backup.weight if backup is not None else self._parameters[key]).detach().cpu()
         patches = self._patcher.patches.get(full)
         return comfy.lora.calculate_weight(patches, value.float(), full) if patches else value
+
+
+def _stored_dtype(value: torch.Tensor) -> torch.dtype:
+    """bf16 for what the host has only widened to fp32, as it does on CPU; else the dtype itself."""
+    widened = value.dtype == torch.float32 and torch.equal(value.bfloat16().float(), value)
+    return torch.bfloat16 if widened else value.dtype
 
 
 def model_source(patcher) -> ModelSource:

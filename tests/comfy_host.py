@@ -107,7 +107,7 @@ def picture(latent):
 
 
 def measure(reference, models, pairs):
-    """Per model name a list with one entry per (prompt, seed): velocity error (teacher-forced), latent error, PSNR dB."""
+    """Per model name one row per (prompt, seed): velocity error (teacher-forced), latent error, PSNR in dB."""
     from tessera.quantization.metrics import psnr
 
     rows = {name: [] for name in models}

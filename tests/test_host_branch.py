@@ -202,7 +202,9 @@ def test_a_lora_for_another_model_is_refused(model, models):
     save_file({f"{base}.lora_up.weight": up, f"{base}.lora_down.weight": down}, models / "loras" / "sd.safetensors")
     with pytest.raises(ValueError, match=r"sd\.safetensors: 0 of 1 LoRA layers match this model; first unmatched key"):
         correct(model, "sd.safetensors", 1.0)
-    save_file({f"{LAYER}.lora_up.weight": up, f"{LAYER}.lora_down.weight": down}, models / "loras" / "small.safetensors")
+    save_file(
+        {f"{LAYER}.lora_up.weight": up, f"{LAYER}.lora_down.weight": down}, models / "loras" / "small.safetensors"
+    )
     with pytest.raises(ValueError, match=r"small\.safetensors: .*w1: the LoRA is \[8, 8\], the layer \[768, 256\]"):
         correct(model, "small.safetensors", 1.0)
 

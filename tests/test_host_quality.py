@@ -1,4 +1,4 @@
-"""Inside the real ComfyUI: the correction makes the tiny model better, merging it makes it worse; 16 prompts and seeds."""
+"""Inside the real ComfyUI, 16 prompts and seeds: the correction makes the tiny model better, merging it worse."""
 
 import math
 from statistics import mean, stdev
