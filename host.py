@@ -406,13 +406,20 @@ class Progress:
         if self._bar is None or self._bar.total != step.total:
             self._bar = comfy.utils.ProgressBar(max(step.total, 1), node_id=self.node_id)
         self._bar.update_absolute(step.index)
-        self.text(str(step))
+        say(self.node_id, str(step))
 
-    def text(self, text: str) -> None:
+
+def say(node_id: str | None, text: str) -> None:
+    """Shows a line in the node, in both renderers; nothing where no server runs (tests, scripts)."""
+    if node_id is not None:
         from server import PromptServer
 
-        if self.node_id is not None and getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(text, self.node_id)
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
+def plan_text(patcher) -> str:
+    """How a loaded model's quantized layers run here, in words."""
+    return "\n".join(dispatch.summary(plans(patcher).values())) or "no quantized layers"
 
 
 def names_of(items: Iterable[str], limit: int = 3) -> str:

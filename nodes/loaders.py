@@ -42,6 +42,7 @@ class DiffusionModelLoader(io.ComfyNode):
                 SPEED,
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
             description="Loads a diffusion model like Load Diffusion Model, plans each quantized layer for this device "
             "and repairs files that other tools marked wrongly.",
             search_aliases=["unet loader", "nvfp4", "mxfp8", "int8", "convrot", "quantized"],
@@ -50,7 +51,9 @@ class DiffusionModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name, weight_dtype="default", speed="auto"):
         path = host.full_path("diffusion_models", unet_name)
-        return io.NodeOutput(host.load_diffusion_model(path, WEIGHT_DTYPES[weight_dtype], speed))
+        model = host.load_diffusion_model(path, WEIGHT_DTYPES[weight_dtype], speed)
+        host.say(cls.hidden.unique_id, host.plan_text(model))
+        return io.NodeOutput(model)
 
 
 class CLIPLoader(io.ComfyNode):
@@ -68,6 +71,7 @@ class CLIPLoader(io.ComfyNode):
                 SPEED,
             ],
             outputs=[io.Clip.Output()],
+            hidden=[io.Hidden.unique_id],
             description="Loads a text encoder like Load CLIP, quantized ones and quantized embedding tables included.",
             search_aliases=["clip loader", "text encoder", "qwen", "quantized"],
         )  # fmt: skip
@@ -77,4 +81,6 @@ class CLIPLoader(io.ComfyNode):
         clip_type = getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
-        return io.NodeOutput(host.load_clip(host.full_path("text_encoders", clip_name), clip_type, options, speed))
+        clip = host.load_clip(host.full_path("text_encoders", clip_name), clip_type, options, speed)
+        host.say(cls.hidden.unique_id, host.plan_text(clip.patcher))
+        return io.NodeOutput(clip)

@@ -27,6 +27,7 @@ class CorrectionLoRA(io.ComfyNode):
                                tooltip="0 is the quantized model alone, 1 the whole correction; more overshoots."),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
             description="Adds a quantized model's correction beside its packed weights, exactly and at any strength. "
             "No weight is rewritten, moving the slider reloads nothing.",
             search_aliases=["lora", "strength", "svd", "quantization error", "slider"],
@@ -39,5 +40,7 @@ class CorrectionLoRA(io.ComfyNode):
             raise ValueError("no correction LoRA lies beside this checkpoint; choose one in lora_name, or quantize the "
                              "original with TesseraQuantize, which writes one")  # fmt: skip
         patched, attached = host.attach_lora(model, path, strength)
-        log.info("Tessera: %s", host.coverage(model, attached))
-        return io.NodeOutput(patched, ui={"text": [host.coverage(model, attached)]})
+        covered = host.coverage(model, attached)
+        log.info("Tessera: %s", covered)
+        host.say(cls.hidden.unique_id, covered)
+        return io.NodeOutput(patched)

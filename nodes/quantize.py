@@ -56,7 +56,7 @@ class Quantize(io.ComfyNode):
         progress = host.Progress(cls.hidden.unique_id)
         job = _job(source, recipe, filename, rank, model, clip, seed)
         report = job.run(progress)
-        progress.text("\n".join(report.summary()))
+        host.say(cls.hidden.unique_id, "\n".join(report.summary()))
         names = [str(path.name if path else "") for path in (job.target, job.lora)]
         return io.NodeOutput(
             *names, report.markdown(), ui={"text": [report.markdown()], "tessera_report": [report.as_dict()]}

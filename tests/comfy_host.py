@@ -51,8 +51,11 @@ def load_pack(name, folder):
 
 def node(name, pack="tessera"):
     """A V3 node class of a pack by node id."""
+    from comfy_api.latest._io import HiddenHolder
+
     extension = asyncio.run(sys.modules[pack].comfy_entrypoint())
     found = {cls.GET_SCHEMA().node_id: cls for cls in asyncio.run(extension.get_node_list())}
+    found[name].hidden = HiddenHolder.from_dict({})  # the executor's part; no node id, as no server runs
     return found[name]
 
 
