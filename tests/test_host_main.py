@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import synthetic
 from comfy_host import TINY, node, relative, sample
 from tessera import formats
 from tessera.checkpoint import Checkpoint
@@ -203,3 +204,31 @@ def test_a_quantized_model_is_no_source(tiny):
 
     with pytest.raises(ValueError, match=r"is already quantized .*quantize from the original file"):
         host.model_source(ours(tiny["model"]))
+
+
+@pytest.fixture(scope="module")
+def scaled(models):
+    """All 453 Z-Image keys, 30 blocks, at width 256, with the head and time widths the host gives that size."""
+    tensors = synthetic.zimage()
+    for key in tensors:
+        if key.endswith(("q_norm.weight", "k_norm.weight")):
+            tensors[key] = tensors[key][:64].clone()
+        if key.startswith("t_embedder.mlp."):
+            tensors[key] = tensors[key][tuple(slice(256) for _ in tensors[key].shape)].clone()
+    return synthetic.save(models / "diffusion_models" / "scaled.safetensors", tensors)
+
+
+COUNTS = {
+    "z_image_nvfp4": {"nvfp4": 102, "mxfp8": 66},
+    "z_image_mxfp8": {"mxfp8": 161},
+    "int8_convrot": {"int8_convrot_256": 170},
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_scaled_z_image_has_the_recipes_layers_and_loads_with_both_loaders(scaled, name):
+    target = scaled.with_name(f"scaled_{name}.safetensors")
+    report = Job(Checkpoint(scaled), target, recipe.builtin(name), rank=0).run()
+    assert report.counts() == COUNTS[name]
+    first, second = (sample(load(target.name), steps=1) for load in (ours, stock))
+    assert torch.equal(first, second) and torch.isfinite(first).all()
