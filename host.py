@@ -32,7 +32,7 @@ from .kernels.dispatch import Plan
 
 log = logging.getLogger("tessera")
 
-BRANCHES = "_tessera_branches"  # on a model: the Attached of its last LoRA
+BRANCHES = "_tessera_branches"  # on a model: {LoRA file: Attached}
 PLANS = "tessera_plans"  # attachment of a MODEL's patcher: {layer: (format label, Plan)}
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embeddings|wte)$")
 DETECTION = re.compile(
@@ -230,17 +230,18 @@ def attach_lora(patcher, path: str, strength: float) -> tuple[comfy.model_patche
 
 
 def _branches(patcher, path: Path) -> Attached:
-    """Read from disk once per model and file, so that moving a slider reads nothing; the model keeps the last one."""
+    """Read from disk once per model and file, so that moving a slider reads nothing; freed with the model."""
     stat = path.stat()
-    identity = (str(path), stat.st_mtime_ns, stat.st_size, str(patcher.load_device))
-    cached: Attached | None = patcher.model.__dict__.get(BRANCHES)
+    identity = (stat.st_mtime_ns, stat.st_size, patcher.load_device)
+    kept: dict[Path, Attached] = patcher.model.__dict__.setdefault(BRANCHES, {})
+    cached = kept.get(path)
     if cached is None or cached.identity != identity:
         pairs, unmatched = branch.match(path.name, lora.read(path), _targets(patcher), patcher.model)
         module = branch.Branches(pairs, comfy.ops.manual_cast.Linear)
         side = comfy.model_patcher.ModelPatcher(module, patcher.load_device, patcher.offload_device)
         side.cached_patcher_init = (_copy_branches, (module, patcher.load_device, patcher.offload_device))
         cached = Attached(identity, side, tuple(module.layers), tuple(unmatched))
-        patcher.model.__dict__[BRANCHES] = cached
+        kept[path] = cached
     return cached
 
 

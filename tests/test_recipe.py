@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -423,3 +424,14 @@ def test_recipes_are_values():
     assert hash(recipes.find("z_image_nvfp4")) == hash(recipes.find("z_image_nvfp4"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipes.find("z_image_nvfp4").default = NVFP4()
+
+
+@pytest.mark.parametrize(("name", "nbytes"), [
+    ("z_image_nvfp4", 4_939_045_400), ("z_image_mxfp8", 6_762_553_472), ("int8_convrot", 6_299_009_152),
+])  # fmt: skip
+def test_real_z_image_has_the_reference_files_size(name, nbytes):
+    """Bytes of all tensors but the markers, as computed for the published files (docs/format.md 2)."""
+    shapes = {key: tuple(shape) for key, shape in ZIMAGE.items()}
+    layers = {f"{n}.weight": c.format for n, c in recipes.builtin(name).resolve(shapes).items() if c.format is not None}
+    kept = sum(2 * math.prod(shape) for key, shape in shapes.items() if key not in layers)
+    assert kept + sum(format.nbytes(*shapes[key]) for key, format in layers.items()) == nbytes
