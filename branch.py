@@ -102,7 +102,8 @@ class SideBranch:
         """Some hosts run a fused linear that passes hooks by (`linear_input_act`): say so, once per attachment."""
         branches: Branches = patcher.get_additional_models_with_key(self.key)[0].model
         silent = [name for name, item in zip(branches.layers, branches.items, strict=True) if not item.fired]
-        if silent and len(silent) < len(branches.layers):
+        # twice: a run that was cancelled inside its first step has silent layers too
+        if silent and max(item.fired for item in branches.items) > 1:
             log.warning("Tessera: %d of %d corrected layers ran past their correction (first: %s)",
                         len(silent), len(branches.layers), silent[0])  # fmt: skip
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ MAX_HEADER = 100_000_000  # safetensors' own limit, bytes
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 QUANTIZATION_METADATA = "_quantization_metadata"
 HOST_ONLY = ("convrot_w4a4", "asym_w4a8_int8")
+DAMAGED = "file damaged or marker stale, make it again from the original"
 PROVENANCE, LAYER_ERRORS = "tessera", "tessera_layers"
 
 DTYPES = {
@@ -42,6 +44,7 @@ class Layer:
     shape: tuple[int, int]  # [out, in]; padded where the file does not say the logical shape
     record: dict  # its comfy_quant record, unknown keys kept
     sources: dict[str, str]  # entry suffix -> tensor key in the file
+    zero: bool = False  # an all-zero weight with scales of odd shape, 0 or NaN: its entries are made anew
 
     def error(self, path: Path, problem: object) -> ValueError:
         return ValueError(f"{path.name}: {self.key}: {problem}")
@@ -110,13 +113,20 @@ class Checkpoint:
         stored = {suffix: self.read(key) for suffix, key in layer.sources.items()}
         return stored | self._checked(layer, stored)
 
-    def weight(self, name: str) -> Tensor:
-        """fp32 weight [out, in] of a module path without prefix, decoded if it is quantized."""
+    def weight(self, name: str, shape: tuple[int, int] | None = None) -> Tensor:
+        """fp32 weight [out, in] of a module path without prefix, decoded if it is quantized.
+
+        `shape` is the logical one where the caller knows it and the file may not: padding is then cut off.
+        """
         layer = self.layers.get(name)
         if layer is None:
-            return self.read(f"{self.prefix}{name}.weight").float()
+            return self._plain_weight(f"{self.prefix}{name}")
         entries = self.entries(layer)
-        weight = layer.format.decode(layer.format.unpack(entries, *layer.shape))
+        try:
+            quantized = layer.format.unpack(entries, *(shape or layer.shape))
+        except ValueError as problem:
+            raise layer.error(self.path, f"{problem}; it is the layer of another model") from None
+        weight = layer.format.decode(quantized)
         smoothing = entries.get("pre_quant_scale")  # the input is multiplied by it, so the weight was divided
         return weight if smoothing is None else weight * smoothing.float()
 
@@ -135,9 +145,19 @@ class Checkpoint:
 
     def _checked(self, layer: Layer, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
+            if layer.zero:
+                return layer.format.pack(layer.format.encode(torch.zeros(layer.shape)))
             return layer.format.check(stored, *layer.shape)
         except ValueError as problem:
-            raise layer.error(self.path, problem) from None
+            raise layer.error(self.path, f"{problem}; {DAMAGED}") from None
+
+    def _plain_weight(self, key: str) -> Tensor:
+        """The unquantized weight of a module. Raises ValueError if its numbers are codes that only a host reads."""
+        spec, record = self.tensors[f"{key}.weight"], self.opaque.get(key, {})
+        if record or not spec.dtype.is_floating_point:
+            found = f"format {record.get('format')!r}" if record else f"weight is {spec} without scales"
+            raise ValueError(f"{self.path.name}: {key}: {found}, Tessera cannot decode it; use the original file")
+        return self.read(f"{key}.weight").float()
 
     def _find_layers(self) -> dict[str, Layer]:
         records = merge_markers(self)
@@ -157,22 +177,35 @@ class Checkpoint:
             format = formats.from_record(record, specs)
             shape = logical_shape(format, record, specs)
             format.for_shape(*shape)
-            self._precheck(format, specs, shape)
+            zero = self._odd_zero(format, sources, shape)
         except ValueError as problem:
             raise ValueError(f"{self.path.name}: {key}: {problem}") from None
-        return Layer(key, format, shape, record, sources)
+        if zero:
+            self.repairs.append(f"{key}: all-zero weight with unusable scales")
+        return Layer(key, format, shape, record, sources, zero)
 
-    def _precheck(self, format: Format, specs: Mapping[str, TensorSpec], shape: tuple[int, int]) -> None:
-        """Format.check on shapes and dtypes alone, so that a bad file is refused before anything is read."""
+    def _odd_zero(self, format: Format, sources: Mapping[str, str], shape: tuple[int, int]) -> bool:
+        """Whether a weight is all zero, for which convert_to_quant writes scales that no host reads (format.md 7).
+
+        Format.check on shapes and dtypes alone: raises ValueError for any other misfit, before anything is loaded.
+        """
+        specs = {suffix: self.tensors[key] for suffix, key in sources.items()}
         stand_ins = {s: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for s, spec in specs.items()}
-        format.check(stand_ins, *shape)
+        try:
+            format.check(stand_ins, *shape)
+        except ValueError as problem:
+            stored = specs["weight"].dtype == format.storage(*shape)["weight"].dtype
+            if stored and "weight_scale" in specs and not self.read(sources["weight"]).view(torch.uint8).any():
+                return True
+            raise ValueError(f"{problem}; {DAMAGED}") from None
+        return isinstance(format, formats.NVFP4) and not self.read(sources["weight_scale_2"]).any()
 
 
 def logical_shape(format: Format, record: dict, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
     """[out, in] of a stored weight: `orig_shape` if the record has a plausible one, else from the storage."""
     if "weight" not in specs or len(specs["weight"].shape) != 2:
         found = f"is {list(specs['weight'].shape)}" if "weight" in specs else "is missing"
-        raise ValueError(f"weight {found}, {format.label} needs two dimensions")
+        raise ValueError(f"weight {found}, {format.label} needs two dimensions; {DAMAGED}")
     rows, columns = specs["weight"].shape
     stored = (rows, columns * 2) if format.name == "nvfp4" else (rows, columns)
     shape = record.get("orig_shape")
@@ -250,7 +283,7 @@ class Writer:
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], reserve: int, overwrite: bool = False):
         self.path, self.overwrite = Path(path), overwrite
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self._refuse_existing()
+        self.refuse_existing()
         if not self.path.parent.is_dir():
             raise ValueError(f"{self.path.parent}: no such folder; create it or choose another target")
         self._entries, self._missing, end = {}, set(specs), 0
@@ -259,7 +292,7 @@ class Writer:
             offsets = [end, end + spec.nbytes]
             self._entries[key] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
             end += spec.nbytes
-        self._specs = dict(specs)
+        self._specs, self._checksums = dict(specs), {}
         self._header = -(-(len(self._json({})) + reserve) // 8) * 8
         self.nbytes = 8 + self._header + end
         self._require_space()
@@ -285,6 +318,7 @@ class Writer:
             self._file.seek(8 + self._header + self._entries[key]["data_offsets"][0])
             self._file.write(memoryview(data))
         self._missing.discard(key)
+        self._checksums[key] = zlib.crc32(data)
 
     def finish(self, metadata: Mapping[str, str]) -> Path:
         """Writes the header, flushes everything to disk and returns the still hidden file, complete and readable."""
@@ -302,16 +336,28 @@ class Writer:
             os.fsync(self._file.fileno())
         return self.temporary
 
+    def reread(self, file: Checkpoint) -> None:
+        """Reads the finished file again. Raises RuntimeError naming the first tensor that is not as it was written."""
+        for key, checksum in self._checksums.items():
+            if zlib.crc32(file.read(key).flatten().view(torch.uint8).numpy()) != checksum:
+                raise RuntimeError(
+                    f"{self.path.name}: {key}: reads back other than it was written; the disk or another program "
+                    "changed it, nothing was saved: try again, on another disk if it recurs"
+                )
+
     def publish(self) -> None:
         """Gives the finished file its name, atomically."""
-        self._refuse_existing()
+        self.refuse_existing()
         os.replace(self.temporary, self.path)
         if os.name == "posix":  # make the rename itself durable
             folder = os.open(self.path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
 
-    def _refuse_existing(self) -> None:
+    def refuse_existing(self) -> None:
+        """Raises ValueError if there is something at `path` that may not be replaced."""
+        if self.path.is_dir():
+            raise ValueError(f"{self.path}: is a folder; choose another name")
         if self.path.exists() and not self.overwrite:
             raise ValueError(f"{self.path}: already exists; choose another name, or allow overwriting")
 

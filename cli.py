@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
-from . import job
+from . import job, lora
 from .checkpoint import LAYER_ERRORS, PROVENANCE, Checkpoint
 from .quantization import pipeline, recipe
 from .quantization.report import size
@@ -46,18 +47,18 @@ def inspect(arguments) -> dict:
     file = Checkpoint(Path(arguments.file))
     counts: dict[str, int] = {}
     rows = []
-    errors = json.loads(file.metadata.get(LAYER_ERRORS, "{}"))
+    errors = _json(file, LAYER_ERRORS) or {}
     for name in sorted(file.layers, key=job.natural):
         layer = file.layers[name]
         counts[layer.format.label] = counts.get(layer.format.label, 0) + 1
         nbytes = layer.format.nbytes(*layer.shape)
         rows.append({"layer": name, "format": layer.format.label, "shape": layer.shape, "bytes": nbytes,
                      "error": errors.get(name)})  # fmt: skip
-    parameters = sum(_numel(shape) for shape in file.shapes().values())
+    parameters = sum(math.prod(shape) for shape in file.shapes().values())
     found = {"file": file.name, "bytes": file.nbytes, "bits_per_weight": round(8 * file.nbytes / max(parameters, 1), 2),
              "prefix": file.prefix, "counts": counts, "tensors": len(file.tensors), "repairs": file.repairs,
              "opaque": {k: r.get("format") for k, r in file.opaque.items()},
-             "provenance": json.loads(file.metadata.get(PROVENANCE, "null")), "layers": rows}  # fmt: skip
+             "provenance": _json(file, PROVENANCE), "layers": rows}  # fmt: skip
     text = [
         f"{file.name}: {size(file.nbytes)}, {found['bits_per_weight']} bits per weight, {len(file.tensors)} tensors"
     ]
@@ -70,14 +71,20 @@ def inspect(arguments) -> dict:
 def verify(arguments) -> dict:
     """Every quantized layer against its source; fails if one is missing, misread or above --max-error."""
     file, source = Checkpoint(Path(arguments.file)), Checkpoint(Path(arguments.against))
-    branches = Checkpoint(Path(arguments.lora)) if arguments.lora else None
+    branches = lora.read(Path(arguments.lora)) if arguments.lora else {}
     shapes, rows, problems = source.shapes(), [], []
+    if branches and not any(f"{job.LORA_PREFIX}{name}" in branches for name in file.layers):
+        raise ValueError(f"{arguments.lora}: 0 of {len(branches)} LoRA layers match {file.name}, first "
+                         f"{min(branches)}; it was made for another model")  # fmt: skip
     for name in sorted(file.layers, key=job.natural):
         if f"{name}.weight" not in shapes:
             problems.append(f"{name}: not in {source.name}")
             continue
-        branch = job.read_branch(branches, name) if branches else None
-        errors = pipeline.layer_errors(file.weight(name), branch, source.weight(name))
+        weight, branch = source.weight(name), branches.get(f"{job.LORA_PREFIX}{name}")
+        if branch is not None and branch.shape != tuple(weight.shape):
+            raise ValueError(f"{arguments.lora}: {name}: the LoRA is {list(branch.shape)}, the layer "
+                             f"{list(weight.shape)}; it was made for another model")  # fmt: skip
+        errors = pipeline.layer_errors(file.weight(name, tuple(weight.shape)), branch, weight)
         rows.append({"layer": name, "format": file.layers[name].format.label, "errors": errors})
         if not errors[-1] <= arguments.max_error:
             problems.append(f"{name}: weight error {errors[-1]:.4f} is above {arguments.max_error}")
@@ -86,6 +93,13 @@ def verify(arguments) -> dict:
     text = [f"{r['layer']}  {r['format']}  " + "  ".join(f"{e:.4f}" for e in r["errors"]) for r in rows]
     text += problems or [f"{len(rows)} layers verified"]
     return {"json": {"layers": rows, "problems": problems}, "text": "\n".join(text), "ok": not problems}
+
+
+def _json(file: Checkpoint, key: str):
+    try:
+        return json.loads(file.metadata.get(key, "null"))
+    except ValueError as problem:
+        raise ValueError(f"{file.name}: metadata {key!r} is not JSON ({problem}); make the file again") from None
 
 
 def _recipe(arguments) -> recipe.Recipe:
@@ -99,13 +113,6 @@ def _recipe(arguments) -> recipe.Recipe:
 def _progress(arguments):
     live = sys.stderr.isatty() and not arguments.json
     return (lambda step: print(f"\r\033[K{step}", end="", file=sys.stderr, flush=True)) if live else (lambda step: None)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
 
 
 def _parser() -> argparse.ArgumentParser:

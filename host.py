@@ -38,6 +38,7 @@ EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embedd
 DETECTION = re.compile(
     r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$"
 )  # shapes the host reads to know a model
+TEXT_ENCODER = Plan(dispatch.DECODE, "ComfyUI runs text encoders in full precision")
 TRUNK = "diffusion_model."
 
 
@@ -69,7 +70,7 @@ def load_diffusion_model(path: str, model_options: dict | None = None, speed: st
     return model
 
 
-def load_clip(path: str, clip_type, model_options: dict | None = None, speed: str = "auto", disable_dynamic=False):
+def load_clip(path: str, clip_type, model_options: dict | None = None, disable_dynamic=False):
     """A CLIP as `comfy.sd.load_clip` gives it, for one file; quantized embeddings the host cannot take are decoded."""
     options, folders = dict(model_options or {}), folder_paths.get_folder_paths("embeddings")
     file = _quantized_file(path)
@@ -81,12 +82,11 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, speed: st
     compute = next(
         (t.dtype for k, t in state_dict.items() if k.endswith("norm.weight") and t.ndim == 1), torch.bfloat16
     )
-    # the host runs text encoders in fp32 and never multiplies codes there: "exact" is what it does
-    options["custom_operations"] = operations(compute, dispatch.read_facts(device), "exact", plans, full_precision=True)
+    options["custom_operations"] = operations(compute, dispatch.read_facts(device), "exact", plans, text_encoder=True)
     clip = comfy.sd.load_text_encoder_state_dicts(
         [state_dict], folders, clip_type=clip_type, model_options=options, disable_dynamic=disable_dynamic
     )
-    clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {}), speed))
+    clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {})))
     _announce(file, clip.patcher, plans)
     return clip
 
@@ -95,13 +95,13 @@ def _load_clip_patcher(*args, disable_dynamic=False):
     return load_clip(*args, disable_dynamic=disable_dynamic).patcher
 
 
-def operations(compute: torch.dtype, facts, speed: str, plans: dict, full_precision: bool = False):
+def operations(compute: torch.dtype, facts, speed: str, plans: dict, text_encoder: bool = False):
     """The host's mixed-precision ops with a `Linear` that runs our plan; `plans` collects (format label, Plan)."""
     disabled = {
         name for name, cls in FORMATS.items()
         if not issubclass(cls, Plain) and dispatch.plan(cls(), facts, speed).path == dispatch.DECODE
     }  # fmt: skip
-    base = comfy.ops.mixed_precision_ops({}, compute, full_precision_mm=full_precision, disabled=disabled)
+    base = comfy.ops.mixed_precision_ops({}, compute, full_precision_mm=text_encoder, disabled=disabled)
 
     class Linear(base.Linear):
         tessera_plan: Plan | None = None
@@ -111,8 +111,8 @@ def operations(compute: torch.dtype, facts, speed: str, plans: dict, full_precis
             super()._load_from_state_dict(state_dict, prefix, *args)
             format = _format(marked)
             if format is not None:
-                self.tessera_plan = dispatch.plan(format, facts, speed)
-                self._full_precision_mm = full_precision or self.tessera_plan.path == dispatch.DECODE
+                self.tessera_plan = TEXT_ENCODER if text_encoder else dispatch.plan(format, facts, speed)
+                self._full_precision_mm = self.tessera_plan.path == dispatch.DECODE
                 plans[prefix.rstrip(".")] = (format.label, self.tessera_plan)
 
         def _forward(self, input, weight, bias):

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checkpoint import LAYER_ERRORS, PROVENANCE, QUANTIZATION_METADATA, Checkpoint, Writer
+from .checkpoint import LAYER_ERRORS, PREFIXES, PROVENANCE, QUANTIZATION_METADATA, Checkpoint, Writer
 from .formats import Format, Plain, TensorSpec, marker
 from .quantization import pipeline
 from .quantization.lowrank import LowRank
@@ -78,8 +78,9 @@ class Job:
 
     def __post_init__(self):
         self.target = Path(self.target)
-        if self.target.suffix != ".safetensors":
-            raise ValueError(f"{self.target}: the target must end in .safetensors")
+        for path in (self.target, self.lora):
+            if path is not None and Path(path).suffix != ".safetensors":
+                raise ValueError(f"{path}: name it .safetensors, nothing else can be written")
         if self.rank < 0:
             raise ValueError(f"rank {self.rank}: must be 0 (no correction LoRA) or more")
         if self.rank and is_text_encoder(self.source.shapes()):
@@ -87,14 +88,18 @@ class Job:
             self.warnings.append("text encoder: no correction LoRA is written, nothing can attach one to a CLIP yet")
         self.lora = Path(self.lora or lora_path(self.target)) if self.rank else None
         self._refuse_same_file()
+        self._refuse_device()
         self.layer_map = self.recipe.resolve(self.source.shapes())
         if self.layer_map.problems:
             first, more = self.layer_map.problems[0], len(self.layer_map.problems) - 1
             raise ValueError(f"{self.source.name}: {first}" + (f"; and {more} more layers like it" if more else ""))
         self.warnings += self.layer_map.warnings
+        self._refuse_kept_legacy()
         if not self.formats():
             raise ValueError(f"{self.source.name}: recipe {self.recipe.name} quantizes none of its layers; "
                              "choose a recipe for this model")  # fmt: skip
+        if all(isinstance(format, Plain) for format in self.formats().values()):
+            self.rank, self.lora = 0, None  # nothing to correct
         again = [name for name in self.formats() if self.source.quantized(name)]
         if again:
             self.warnings.append(f"{len(again)} layers are already quantized in the source (first: {again[0]}); "
@@ -108,12 +113,13 @@ class Job:
     def run(self, progress: Callable[[Step], None] = lambda step: None) -> Report:
         """Writes and verifies model and LoRA, then gives both their names; an exception, from `progress` too, leaves
         nothing behind. Same source, recipe and seed on one machine: same bytes."""
-        started, digest = time.monotonic(), _Digest(self.source.path)
+        started = time.monotonic()
         with ExitStack() as stack:
             model = stack.enter_context(Writer(self.target, self._specs(), self._reserve(), self.overwrite))
             lora = None
             if self.lora:
                 lora = stack.enter_context(Writer(self.lora, self._lora_specs(), METADATA_SPARE, self.overwrite))
+            digest = stack.enter_context(_Digest(self.source.path))
             report = self._report()
             for step in self._steps(progress):
                 report.layers.append(self._layer(step.layer, model, lora))
@@ -122,6 +128,7 @@ class Job:
             self._finish(report, model, lora, digest.hexdigest(), progress)
             report.model_bytes, report.lora_bytes = model.nbytes, lora.nbytes if lora else 0
             report.seconds = time.monotonic() - started
+            model.refuse_existing()  # it may have come meanwhile
             if lora:
                 lora.publish()  # first: a model without its LoRA is the worse half
             model.publish()
@@ -174,6 +181,9 @@ class Job:
         for index, row in enumerate(report.layers):
             progress(Step(index, len(report.layers), f"verifying {row.name}", None))
             self._verify(row, written, branches)
+        model.reread(written)  # an error of 1e-4 hides a flipped bit of a large layer, and kept tensors have none
+        if lora:
+            lora.reread(branches)
 
     def _verify(self, row: LayerReport, written: Checkpoint, branches: Checkpoint | None) -> None:
         branch = read_branch(branches, row.name) if branches and row.corrected_error is not None else None
@@ -214,19 +224,27 @@ class Job:
         return specs
 
     def _reserve(self) -> int:
-        source = sum(len(k) + len(v) + 16 for k, v in self.source.metadata.items())
-        return METADATA_SPARE + source * 2 + METADATA_PER_LAYER * len(self.formats())
+        kept = len(json.dumps(dict(self.source.metadata)))  # as JSON: other scripts take 6 bytes a letter
+        return METADATA_SPARE + kept + sum(METADATA_PER_LAYER + 2 * len(name) for name in self.formats())
 
     def _metadata(self, report: Report, provenance: dict) -> dict[str, str]:
         formats = {n: f for n, f in self.formats().items() if not isinstance(f, Plain)}
         shapes = self.source.shapes()
-        records = {f"{self.source.prefix}{n}": record(f, shapes[f"{n}.weight"]) for n, f in formats.items()}
+        records = self._kept_records()
+        records |= {f"{self.source.prefix}{n}": record(f, shapes[f"{n}.weight"]) for n, f in formats.items()}
         errors = {r.name: [round(e, 6) for e in (r.error, r.corrected_error) if e is not None] for r in report.layers}
         return dict(self.source.metadata) | {
             QUANTIZATION_METADATA: json.dumps({"format_version": "1.0", "layers": records}),
             PROVENANCE: json.dumps(provenance),
             LAYER_ERRORS: json.dumps(errors, separators=(",", ":")),
         }
+
+    def _kept_records(self) -> dict[str, dict]:
+        """What the source's header says of quantized layers that stay as they are."""
+        text = self.source.metadata.get(QUANTIZATION_METADATA)
+        found = json.loads(text)["layers"] if text else {}
+        bare = {name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1]): record for name, record in found.items()}
+        return {f"{self.source.prefix}{name}": r for name, r in bare.items() if name not in self.formats()}
 
     def _provenance(self, sha256: str | None) -> dict:
         recipe = {"name": self.recipe.name, "sha256": self.recipe.digest}
@@ -244,7 +262,20 @@ class Job:
     def _refuse_same_file(self) -> None:
         mine = [p.resolve() for p in (self.target, self.lora, self.source.path) if p is not None]
         if len(set(mine)) != len(mine):
-            raise ValueError(f"{self.target}: source, target and LoRA must be different files")
+            raise ValueError(f"{self.target}: source, target and LoRA must be different files; choose another name")
+
+    def _refuse_kept_legacy(self) -> None:
+        legacy = [key.removesuffix(".scale_weight") for key in self._kept() if key.endswith(".scale_weight")]
+        if legacy:
+            raise ValueError(f"{self.source.name}: {legacy[0]}: is in the legacy scaled_fp8 layout, which no output "
+                             "keeps; give it a format in your recipe, bf16 for instance")  # fmt: skip
+
+    def _refuse_device(self) -> None:
+        try:
+            torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError) as problem:  # torch asserts that it was built for CUDA
+            first = str(problem).partition("\n")[0]
+            raise ValueError(f"device {self.device!r}: {first}; use cpu, or a device that torch has") from None
 
 
 QUANT_SUFFIXES = ("comfy_quant", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale",
@@ -258,6 +289,7 @@ def record(format: Format, shape: tuple[int, int]) -> dict:
 
 
 def read_branch(file: Checkpoint, name: str) -> LowRank:
+    """The correction of one layer in a LoRA file of ours."""
     up, down = (file.read(f"{LORA_PREFIX}{name}.lora_{part}.weight") for part in ("up", "down"))
     return LowRank(up, down)
 
@@ -281,18 +313,30 @@ class _Digest:
     """SHA-256 of the source file, computed beside the work; None where the source is not a file."""
 
     def __init__(self, path: Path | None):
-        self._value, self._path = None, path
+        self._path, self._hash, self._problem, self._stopped = path, hashlib.sha256(), None, False
         self._thread = threading.Thread(target=self._run, daemon=True)
-        if path is not None:
+
+    def __enter__(self) -> _Digest:
+        if self._path is not None:
             self._thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stopped = True  # a cancelled job does not go on reading
 
     def _run(self) -> None:
-        with open(self._path, "rb") as file:
-            self._value = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with open(self._path, "rb") as file:
+                while not self._stopped and (chunk := file.read(1 << 20)):
+                    self._hash.update(chunk)
+        except OSError as problem:
+            self._problem = problem
 
     def hexdigest(self) -> str | None:
-        if self._path is not None:
-            self._thread.join()
-            if self._value is None:
-                raise RuntimeError(f"{self._path}: could not be read to the end; is the disk in order?")
-        return self._value
+        """Waits for the end of the file. Raises RuntimeError if it could not be read to there."""
+        if self._path is None:
+            return None
+        self._thread.join()
+        if self._problem is not None:
+            raise RuntimeError(f"{self._path}: could not be read to the end ({self._problem}); is the disk in order?")
+        return self._hash.hexdigest()

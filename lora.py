@@ -26,11 +26,12 @@ def read(path: Path) -> dict[str, LowRank]:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key in file.tensors:
         match = _PART.search(key)
-        base, part = (key[: match.start()], match["part"]) if match else key.rsplit(".", 1)
+        base, part = (key[: match.start()], match["part"]) if match else key.rpartition(".")[::2]
         if match is None and part != "alpha":
             kind = next((kind for kind in OTHER_ADAPTERS if kind in key), None)
             found = f"a {kind.strip('._')} adapter" if kind else "not a LoRA tensor"
-            raise ValueError(f"{file.name}: {key}: {found}; only plain low-rank LoRAs can ride beside a weight")
+            raise ValueError(f"{file.name}: {key}: {found}; only plain low-rank LoRAs can ride "
+                             "beside a weight, use ComfyUI's LoraLoaderModelOnly for this file")  # fmt: skip
         parts.setdefault(base, {})["up" if part in _UP else "alpha" if part == "alpha" else "down"] = file.read(key)
     return {strip_repeated_prefix(base): _pair(file.name, base, found) for base, found in parts.items()}
 
@@ -47,9 +48,12 @@ def strip_repeated_prefix(base: str) -> str:
 def _pair(file: str, base: str, found: dict[str, torch.Tensor]) -> LowRank:
     missing = [part for part in ("up", "down") if part not in found]
     if missing:
-        raise ValueError(f"{file}: {base}: lora_{missing[0]} is missing; the file is incomplete")
+        raise ValueError(f"{file}: {base}: lora_{missing[0]} is missing; the file is incomplete, download it again")
     up, down = found["up"], found["down"]
-    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
-        raise ValueError(f"{file}: {base}: up {list(up.shape)} and down {list(down.shape)} are no [out, r] and [r, in]")
+    if up.ndim != 2 or down.ndim != 2 or not up.shape[1] == down.shape[0] > 0:
+        raise ValueError(f"{file}: {base}: up {list(up.shape)} and down {list(down.shape)} are no [out, r] and "
+                         "[r, in]; use ComfyUI's LoraLoaderModelOnly for this file")  # fmt: skip
+    if "alpha" in found and found["alpha"].numel() != 1:
+        raise ValueError(f"{file}: {base}: alpha is {list(found['alpha'].shape)}, not one number; repair the file")
     scale = found["alpha"].item() / down.shape[0] if "alpha" in found else 1.0
     return LowRank(up if scale == 1.0 else (up.float() * scale).to(up.dtype), down)

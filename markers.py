@@ -84,7 +84,7 @@ def _record(file: Checkpoint, key: str) -> dict:
     try:
         if spec.nbytes > MAX_RECORD:
             raise ValueError(f"{spec.nbytes} bytes")
-        record = json.loads(file.read(key).view(torch.uint8).numpy().tobytes())
+        record = json.loads(file.read(key).flatten().view(torch.uint8).numpy().tobytes())
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as problem:

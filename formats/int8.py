@@ -41,11 +41,14 @@ class INT8(Format):
         record = (nested if isinstance(nested, dict) else {}) | record  # `params`: legacy nesting
         scale = entries.get("weight_scale")
         convrot = bool(record.get("convrot", False))
+        group = record.get("convrot_groupsize", HOST_GROUP)
+        if convrot and not (isinstance(group, int) and ref.is_power_of_4(group)):
+            raise ValueError(f"convrot group {group!r} is not a power of 4; re-quantize with 4, 16, 64, 256 or 1024")
         return cls(
             full_precision_matrix_mult=bool(record.get("full_precision_matrix_mult", False)),
             per_row=scale is not None and scale.numel != 1,
             convrot=convrot,
-            convrot_groupsize=int(record.get("convrot_groupsize", HOST_GROUP)) if convrot else 0,
+            convrot_groupsize=int(group) if convrot else 0,
         )
 
     def for_shape(self, out_features, in_features):

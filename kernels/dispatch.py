@@ -65,7 +65,8 @@ def plan(format: Format, facts: DeviceFacts, speed: str = "auto") -> Plan:
     if format.name == "int8_tensorwise":
         return Plan(NATIVE, f"comfy-kitchen int8 on {facts.type}")
     if facts.sm is None:
-        return Plan(DECODE, f"{facts.type} has no {format.name} units")
+        device = "ROCm" if facts.type == "cuda" else facts.type  # torch calls AMD's GPUs cuda too
+        return Plan(DECODE, f"comfy-kitchen and torch multiply no {format.name} on {device}")
     return _nvidia(format.name, facts)
 
 

@@ -98,7 +98,7 @@ def is_power_of_4(group: int) -> bool:
 def rotate(x: Tensor, group: int) -> Tensor:
     """x [..., K] times the regular Hadamard matrix in each group of columns; its own inverse (format.md 2.2)."""
     if not is_power_of_4(group):
-        raise ValueError(f"convrot group {group} is not a power of 4 (4, 16, 64, 256, 1024)")
+        raise ValueError(f"convrot group {group} is not a power of 4; use 4, 16, 64, 256 or 1024")
     if x.shape[-1] % group:
         raise ValueError(f"in_features {x.shape[-1]} is not a multiple of the ConvRot group {group}")
     grouped = x.float().unflatten(-1, (-1, group))

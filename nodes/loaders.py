@@ -68,7 +68,6 @@ class CLIPLoader(io.ComfyNode):
                                tooltip="What the text encoder is for, as in Load CLIP."),
                 io.Combo.Input("device", options=_core_choices("CLIPLoader", "device"), optional=True, advanced=True,
                                tooltip="cpu keeps the text encoder off the GPU."),
-                SPEED,
             ],
             outputs=[io.Clip.Output()],
             hidden=[io.Hidden.unique_id],
@@ -77,10 +76,10 @@ class CLIPLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, clip_name, type="stable_diffusion", device="default", speed="auto"):
+    def execute(cls, clip_name, type="stable_diffusion", device="default"):
         clip_type = getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
-        clip = host.load_clip(host.full_path("text_encoders", clip_name), clip_type, options, speed)
+        clip = host.load_clip(host.full_path("text_encoders", clip_name), clip_type, options)
         host.say(cls.hidden.unique_id, host.plan_text(clip.patcher))
         return io.NodeOutput(clip)

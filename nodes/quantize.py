@@ -10,10 +10,12 @@ from ..job import Job
 from ..quantization import recipe
 
 FOLDERS = ("diffusion_models", "text_encoders")
+CONNECTED = "(the connected model or clip)"
 
 
 def _sources() -> list[str]:
-    return [f"{folder}/{name}" for folder in FOLDERS for name in host.filenames(folder)]
+    names = [f"{folder}/{name}" for folder in FOLDERS for name in host.filenames(folder)]
+    return [name for name in names if name.endswith((".safetensors", ".sft"))] + [CONNECTED]
 
 
 def _recipes() -> list[str]:
@@ -28,7 +30,7 @@ class Quantize(io.ComfyNode):
             "TesseraQuantize", "Quantize and Save (Tessera)", "tessera", is_output_node=True,
             inputs=[
                 io.Combo.Input("source", options=_sources(),
-                               tooltip="The BF16 file to quantize. Not read if a model or clip is connected."),
+                               tooltip="The BF16 file to quantize. A connected model or clip is taken instead."),
                 io.Combo.Input("recipe", options=_recipes(),
                                tooltip="Which layer takes which format. Your own: user/tessera/recipes/*.toml."),
                 io.String.Input("filename", default="", tooltip="Name of the new file, below diffusion_models or "
@@ -69,6 +71,8 @@ def _job(source, recipe_name, filename, rank, model, clip, seed) -> Job:
         weights, folder = host.model_source(model), "diffusion_models"
     elif clip is not None:
         weights, folder = host.clip_source(clip), "text_encoders"
+    elif source == CONNECTED:
+        raise ValueError("nothing is connected to model or clip; connect one, or choose a file as the source")
     else:
         weights = Checkpoint(host.full_path(folder, name))
     chosen = recipe.find(host.recipes_folder() / recipe_name if recipe_name.endswith(".toml") else recipe_name)

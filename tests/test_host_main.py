@@ -136,11 +136,11 @@ def test_plans_can_be_queried_and_are_logged_once(tiny, caplog):
     with caplog.at_level(logging.INFO, "tessera"):
         model = ours(tiny["model"])
     plans = host.plans(model)
-    assert len(plans) == 28 and all(plan.path == "decode" and "cpu" in plan.reason for _, plan in plans.values())
+    assert len(plans) == 28 and all(plan.path == "decode" and "on cpu" in plan.reason for _, plan in plans.values())
     assert host.plans(model.clone()) == plans
     lines = [r.message for r in caplog.records if r.name == "tessera"]
     assert len(lines) == len({(label, plan) for label, plan in plans.values()})
-    assert any("nvfp4: decode (cpu has no nvfp4 units)" in line for line in lines)
+    assert any("nvfp4: decode (comfy-kitchen and torch multiply no nvfp4 on cpu)" in line for line in lines)
 
 
 def test_a_deep_copy_is_loaded_again_with_our_layers(tiny):

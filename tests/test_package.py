@@ -1,0 +1,152 @@
+"""The pack is what its metadata says, costs nothing to import, and its modules import only downwards."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from conftest import ROOT
+from tessera.version import VERSION
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = {name: ROOT.joinpath(*name.split(".")[1:]) for name in PROJECT["tool"]["setuptools"]["packages"]}
+MODULES = sorted(path for folder in PACKAGES.values() for path in folder.glob("*.py"))
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "comfyui_version", "folder_paths", "server", "nodes"}
+# The Comfy registry warns about any other value, and then drops the field (comfy-cli's config parser).
+SYSTEMS = {"OS Independent", "Microsoft :: Windows", "POSIX :: Linux", "MacOS"}
+ACCELERATORS = {
+    "GPU :: NVIDIA CUDA",
+    "GPU :: AMD ROCm",
+    "GPU :: Intel Arc",
+    "NPU :: Huawei Ascend",
+    "GPU :: Apple Metal",
+}
+COMFY_FIELDS = {"PublisherId", "DisplayName", "Icon", "Banner", "Models", "includes", "requires-comfyui"}
+HOST_VERSION = re.compile(r"(==|>=|<=|!=|~=|>|<|<>|=)?\s*\d+\.\d+\.\d+(-[a-zA-Z0-9]+)?")
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def imports(path):
+    """(level, module, line) of every import of a file that runs, wherever it stands."""
+    tree = ast.parse(path.read_text())
+    typing = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    idle = {inner for outer in typing for inner in ast.walk(outer)}
+    for node in (node for node in ast.walk(tree) if node not in idle):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.level, node.module, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.level, alias.name, node.lineno) for alias in node.names)
+
+
+# ---- importing
+
+
+def test_importing_the_pack_imports_neither_torch_nor_the_host():
+    program = (
+        "import importlib.util, json, sys, time; started = time.perf_counter(); before = set(sys.modules);"
+        "spec = importlib.util.spec_from_file_location('any name', sys.argv[1] + '/__init__.py',"
+        " submodule_search_locations=[sys.argv[1]]);"
+        "sys.modules['any name'] = module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module);"
+        "print(json.dumps([sorted(set(sys.modules) - before), module.WEB_DIRECTORY, time.perf_counter() - started]))"
+    )
+    found = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, check=True)
+    loaded, web, _ = json.loads(found.stdout)
+    assert loaded == ["any name"] and (ROOT / web).is_dir()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_inside_the_pack_imports_are_relative(path):
+    own = {"tessera", *(folder.name for folder in PACKAGES.values()), *(p.stem for p in ROOT.glob("*.py"))} - {
+        "__init__"
+    }
+    absolute = [(module, line) for level, module, line in imports(path) if not level and module.split(".")[0] in own]
+    assert [found for found in absolute if not (found[0] == "nodes" and talks_to_host(path))] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_host_and_nodes_import_comfyui(path):
+    found = {module.split(".")[0] for level, module, _ in imports(path) if not level} & HOST
+    assert not found or talks_to_host(path), found
+
+
+def talks_to_host(path):
+    return path == ROOT / "host.py" or path.parent == ROOT / "nodes"
+
+
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "formats": {"formats", "kernels"},
+    "quantization": {"quantization", "formats", "kernels"},
+    "recipes": set(),
+}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name in MAY_IMPORT], ids=name_of)
+def test_imports_point_downwards(path):
+    folder = path.parent.name
+    for level, module, _ in imports(path):
+        if level:
+            assert (folder if level == 1 else module.split(".")[0]) in MAY_IMPORT[folder]
+
+
+# ---- metadata
+
+
+def test_version_is_the_same_everywhere():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    top = re.search(r"^## \[?(\d+\.\d+\.\d+)", changelog, re.MULTILINE)
+    assert PROJECT["project"]["version"] == VERSION and top and top[1] == VERSION
+
+
+def test_every_package_listed_exists_and_every_package_is_listed():
+    assert all((folder / "__init__.py").is_file() for folder in PACKAGES.values())
+    found = {path.parent for path in ROOT.glob("*/__init__.py")} | {ROOT}
+    assert set(PACKAGES.values()) == {folder for folder in found if folder.name != "tests"}
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"tessera": "."}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if not talks_to_host(p)], ids=name_of)
+def test_every_module_imports_without_comfyui(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    importlib.import_module(".".join(["tessera", *(part for part in parts if part != "__init__")]))
+
+
+def test_the_command_points_at_a_function():
+    module, function = PROJECT["project"]["scripts"]["tessera"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_registry_metadata_is_valid():
+    comfy, project = PROJECT["tool"]["comfy"], PROJECT["project"]
+    assert comfy.keys() <= COMFY_FIELDS and comfy["PublisherId"] and comfy["DisplayName"]
+    assert HOST_VERSION.fullmatch(comfy["requires-comfyui"])
+    assert re.fullmatch(r"[a-zA-Z][a-zA-Z0-9._-]{0,99}", project["name"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert project["urls"]["Repository"].startswith("https://github.com/")
+
+
+def test_classifiers_are_those_the_registry_knows():
+    known = {f"Operating System :: {name}" for name in SYSTEMS} | {f"Environment :: {name}" for name in ACCELERATORS}
+    chosen = [c for c in PROJECT["project"]["classifiers"] if c.startswith(("Operating System", "Environment"))]
+    assert chosen and set(chosen) <= known
+
+
+def test_licence_is_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert PROJECT["project"]["license"] == "Apache-2.0" and PROJECT["project"]["license-files"] == ["LICENSE"]
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_torch_and_kitchen_are_not_pinned():
+    """The host pins them; a bound of ours would change them under it."""
+    assert all(re.fullmatch(r"[a-z-]+", name) for name in PROJECT["project"]["dependencies"])
