@@ -1,13 +1,9 @@
-"""Safetensors checkpoints, one layer in, one layer out: a tolerant reader and a streaming, atomic writer."""
+"""Safetensors checkpoints by their headers, one layer at a time: a tolerant reader that refuses what it must."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +28,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -130,15 +125,18 @@ class Checkpoint:
         smoothing = entries.get("pre_quant_scale")  # the input is multiplied by it, so the weight was divided
         return weight if smoothing is None else weight * smoothing.float()
 
+    def records(self) -> dict[str, dict]:
+        """The `comfy_quant` record of every quantized layer by its key in the file, `params` flattened."""
+        kept = {layer.key: {k: v for k, v in layer.record.items() if k != "params"} for layer in self.layers.values()}
+        return self.opaque | {x.key: kept[x.key] | x.format.record() for x in self.layers.values()}
+
     def repair(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors (same keys) as every host can load them: canonical entries and one marker per layer."""
         for layer in self.layers.values():
             stored = {suffix: state_dict.pop(key) for suffix, key in layer.sources.items()}
             for suffix, tensor in (stored | self._checked(layer, stored)).items():
                 state_dict[f"{layer.key}.{suffix}"] = tensor
-            kept = {k: v for k, v in layer.record.items() if k != "params"}
-            state_dict[f"{layer.key}.comfy_quant"] = marker(kept | layer.format.record())
-        for key, record in self.opaque.items():
+        for key, record in self.records().items():
             state_dict[f"{key}.comfy_quant"] = marker(record)
         state_dict.pop(f"{self.prefix}scaled_fp8", None)
         return state_dict
@@ -162,15 +160,16 @@ class Checkpoint:
     def _find_layers(self) -> dict[str, Layer]:
         records = merge_markers(self)
         self.opaque = {k: r for k, r in records.items() if r.get("format") in HOST_ONLY or "num_experts" in r}
+        dropped = next((k for k in self.tensors if k.endswith(".weight_correction")), None)
+        if dropped is not None:
+            raise ValueError(f"{self.path.name}: {dropped}: asymmetric W4A8 weights are dropped by ComfyUI on load; "
+                             "re-quantize symmetric")  # fmt: skip
         return {key: self._layer(key, record) for key, record in records.items() if key not in self.opaque}
 
     def _layer(self, key: str, record: dict) -> Layer:
         legacy = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
         names = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", *legacy)
         sources = {legacy.get(n, n): f"{key}.{n}" for n in names if f"{key}.{n}" in self.tensors}
-        if f"{key}.weight_correction" in self.tensors:
-            raise ValueError(f"{self.path.name}: {key}: asymmetric W4A8 weights are dropped by ComfyUI on load; "
-                             "re-quantize symmetric")  # fmt: skip
         specs = {suffix: self.tensors[source] for suffix, source in sources.items()}
         try:
             record = infer(record, specs, self.repairs, key)
@@ -182,10 +181,12 @@ class Checkpoint:
             raise ValueError(f"{self.path.name}: {key}: {problem}") from None
         if zero:
             self.repairs.append(f"{key}: all-zero weight with unusable scales")
+        if isinstance(format, formats.INT8) and format.convrot and not format.per_row:
+            self.repairs.append(f"{key}: rotated, but with one scale for all rows: legal, less exact than row scales")
         return Layer(key, format, shape, record, sources, zero)
 
     def _odd_zero(self, format: Format, sources: Mapping[str, str], shape: tuple[int, int]) -> bool:
-        """Whether a weight is all zero, for which convert_to_quant writes scales that no host reads (format.md 7).
+        """Whether a weight is all zero, for which convert_to_quant writes scales that no host reads (format.md 6).
 
         Format.check on shapes and dtypes alone: raises ValueError for any other misfit, before anything is loaded.
         """
@@ -207,7 +208,7 @@ def logical_shape(format: Format, record: dict, specs: Mapping[str, TensorSpec])
         found = f"is {list(specs['weight'].shape)}" if "weight" in specs else "is missing"
         raise ValueError(f"weight {found}, {format.label} needs two dimensions; {DAMAGED}")
     rows, columns = specs["weight"].shape
-    stored = (rows, columns * 2) if format.name == "nvfp4" else (rows, columns)
+    stored = (rows, columns * format.codes_per_byte)
     shape = record.get("orig_shape")
     if isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape):
         said = (shape[0], shape[1])
@@ -270,126 +271,3 @@ def _tensor(entry: object) -> tuple[TensorSpec | None, int, int]:
     if not well_formed:
         return None, -1, -1
     return (TensorSpec(dtype, tuple(shape)) if dtype is not None else None), *offsets
-
-
-class Writer:
-    """Writes a safetensors file tensor by tensor into a hidden file beside `path`; `publish` gives it its name.
-
-    The header is laid out first, from the specs, with `reserve` bytes kept for metadata that is known only at the end.
-    Leaving the `with` block without `publish` removes the hidden file. An existing `path` is never touched unless
-    `overwrite`, and then only replaced whole.
-    """
-
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], reserve: int, overwrite: bool = False):
-        self.path, self.overwrite = Path(path), overwrite
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self.refuse_existing()
-        if not self.path.parent.is_dir():
-            raise ValueError(f"{self.path.parent}: no such folder; create it or choose another target")
-        self._entries, self._missing, end = {}, set(specs), 0
-        for key in sorted(specs, key=lambda k: (-specs[k].dtype.itemsize, k)):  # widest first: aligned offsets
-            spec = specs[key]
-            offsets = [end, end + spec.nbytes]
-            self._entries[key] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-            end += spec.nbytes
-        self._specs, self._checksums = dict(specs), {}
-        self._header = -(-(len(self._json({})) + reserve) // 8) * 8
-        self.nbytes = 8 + self._header + end
-        self._require_space()
-        self._file = open(self.temporary, "xb")  # noqa: SIM115 closed in __exit__; "x" honours the user's umask
-        self._allocate()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._file.close()
-        with contextlib.suppress(FileNotFoundError):  # published
-            self.temporary.unlink()
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Stores one tensor, each exactly once, in any order. Raises ValueError if it is not as its spec says."""
-        spec = self._specs[key]
-        if key not in self._missing or tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-            found, once = TensorSpec(tensor.dtype, tuple(tensor.shape)), "" if key in self._missing else ", once"
-            raise ValueError(f"{self.path.name}: {key}: {found}, expected {spec}{once}")
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        with self._disk_errors():
-            self._file.seek(8 + self._header + self._entries[key]["data_offsets"][0])
-            self._file.write(memoryview(data))
-        self._missing.discard(key)
-        self._checksums[key] = zlib.crc32(data)
-
-    def finish(self, metadata: Mapping[str, str]) -> Path:
-        """Writes the header, flushes everything to disk and returns the still hidden file, complete and readable."""
-        if self._missing:
-            raise RuntimeError(
-                f"{self.path.name}: {len(self._missing)} tensors were never written: {min(self._missing)}"
-            )
-        header = self._json(metadata)
-        if len(header) > self._header:
-            raise RuntimeError(f"{self.path.name}: metadata of {len(header)} bytes exceeds the {self._header} reserved")
-        with self._disk_errors():
-            self._file.seek(0)
-            self._file.write(struct.pack("<Q", self._header) + header.ljust(self._header))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        return self.temporary
-
-    def reread(self, file: Checkpoint) -> None:
-        """Reads the finished file again. Raises RuntimeError naming the first tensor that is not as it was written."""
-        for key, checksum in self._checksums.items():
-            if zlib.crc32(file.read(key).flatten().view(torch.uint8).numpy()) != checksum:
-                raise RuntimeError(
-                    f"{self.path.name}: {key}: reads back other than it was written; the disk or another program "
-                    "changed it, nothing was saved: try again, on another disk if it recurs"
-                )
-
-    def publish(self) -> None:
-        """Gives the finished file its name, atomically."""
-        self.refuse_existing()
-        os.replace(self.temporary, self.path)
-        if os.name == "posix":  # make the rename itself durable
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-
-    def refuse_existing(self) -> None:
-        """Raises ValueError if there is something at `path` that may not be replaced."""
-        if self.path.is_dir():
-            raise ValueError(f"{self.path}: is a folder; choose another name")
-        if self.path.exists() and not self.overwrite:
-            raise ValueError(f"{self.path}: already exists; choose another name, or allow overwriting")
-
-    def _require_space(self) -> None:
-        stat = os.statvfs(self.path.parent) if hasattr(os, "statvfs") else None
-        if stat is not None and stat.f_bavail * stat.f_frsize < self.nbytes:
-            raise ValueError(_disk_full(self.path, self.nbytes))
-
-    def _allocate(self) -> None:
-        """Claims the whole size now, so that a full disk is found before the work, not after."""
-        try:
-            with self._disk_errors():
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._file.fileno(), 0, self.nbytes)
-                else:
-                    self._file.truncate(self.nbytes)
-        except ValueError:
-            self.__exit__()
-            raise
-
-    @contextlib.contextmanager
-    def _disk_errors(self):
-        try:
-            yield
-        except OSError as problem:
-            if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ValueError(_disk_full(self.path, self.nbytes)) from problem
-            raise
-
-    def _json(self, metadata: Mapping[str, str]) -> bytes:
-        return json.dumps({"__metadata__": dict(metadata)} | self._entries, separators=(",", ":")).encode()
-
-
-def _disk_full(path: Path, nbytes: int) -> str:
-    return f"{path}: needs {nbytes / 1e9:.2f} GB on that disk, which has less; free some space or choose another folder"

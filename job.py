@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from .checkpoint import LAYER_ERRORS, PREFIXES, PROVENANCE, QUANTIZATION_METADATA, Checkpoint, Writer
+from .checkpoint import LAYER_ERRORS, PROVENANCE, QUANTIZATION_METADATA, Checkpoint
 from .formats import Format, Plain, TensorSpec, marker
 from .quantization import pipeline
 from .quantization.lowrank import LowRank
 from .quantization.recipe import LayerMap, Recipe
 from .quantization.report import LayerReport, Report
+from .source import Digest, Source
 from .version import VERSION
+from .writer import Writer
 
 LORA_PREFIX = "diffusion_model."
 METADATA_SPARE = 1 << 16  # bytes kept in the header for what is known only at the end
 METADATA_PER_LAYER = 400
 VERIFY_TOLERANCE = 1e-4  # of a relative error: what is on disk must have the error that was reported
-
-
-class Source(Protocol):
-    """Where weights come from: a Checkpoint, or a model that ComfyUI holds in memory."""
-
-    name: str
-    prefix: str
-    metadata: Mapping[str, str]
-    tensors: Mapping[str, TensorSpec]
-    nbytes: int
-    path: Path | None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def read(self, key: str) -> Tensor: ...
-    def weight(self, name: str) -> Tensor: ...
-    def quantized(self, name: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -112,14 +94,18 @@ class Job:
 
     def run(self, progress: Callable[[Step], None] = lambda step: None) -> Report:
         """Writes and verifies model and LoRA, then gives both their names; an exception, from `progress` too, leaves
-        nothing behind. Same source, recipe and seed on one machine: same bytes."""
+        nothing behind. Same source, recipe and seed on one machine: same bytes; where the same job's files are there
+        already, they are the result and nothing is written."""
         started = time.monotonic()
+        done = None if self.overwrite else self._done()
+        if done is not None:
+            return done
         with ExitStack() as stack:
             model = stack.enter_context(Writer(self.target, self._specs(), self._reserve(), self.overwrite))
             lora = None
             if self.lora:
                 lora = stack.enter_context(Writer(self.lora, self._lora_specs(), METADATA_SPARE, self.overwrite))
-            digest = stack.enter_context(_Digest(self.source.path))
+            digest = stack.enter_context(Digest(self.source.path))
             report = self._report()
             for step in self._steps(progress):
                 report.layers.append(self._layer(step.layer, model, lora))
@@ -132,6 +118,32 @@ class Job:
             if lora:
                 lora.publish()  # first: a model without its LoRA is the worse half
             model.publish()
+        return report
+
+    def _done(self) -> Report | None:
+        """The report of this very job if its files are there: same source bytes, recipe, seed, rank and version."""
+        files = [path for path in (self.target, self.lora) if path is not None]
+        if self.source.path is None or not all(path.is_file() for path in files):
+            return None
+        written = [Checkpoint(path) for path in files]
+        said = [json.loads(file.metadata.get(PROVENANCE, "null")) for file in written]
+        if not all(isinstance(s, dict) and s.get("version") == VERSION for s in said):
+            return None
+        with Digest(self.source.path) as digest:
+            provenance = self._provenance(digest.hexdigest())
+        if said != [provenance, provenance | {"model": self.target.name}][: len(said)]:
+            return None
+        report, errors = self._report(), json.loads(written[0].metadata[LAYER_ERRORS])
+        report.warnings.append("the same job's files were there already, nothing was written")
+        for name, format in self.formats().items():
+            shape = self.source.shapes()[f"{name}.weight"]
+            error, corrected = (*errors[name], None)[:2]
+            reason = self.layer_map[name].reason
+            report.layers.append(
+                LayerReport(name, format.label, shape, format.nbytes(*shape), error, corrected, 0.0, reason)
+            )
+        report.kept, report.model_bytes = len(self._kept()), written[0].nbytes
+        report.lora_bytes = written[1].nbytes if self.lora else 0
         return report
 
     def _steps(self, progress: Callable[[Step], None]) -> Iterator[Step]:
@@ -187,7 +199,8 @@ class Job:
 
     def _verify(self, row: LayerReport, written: Checkpoint, branches: Checkpoint | None) -> None:
         branch = read_branch(branches, row.name) if branches and row.corrected_error is not None else None
-        found = pipeline.layer_errors(written.weight(row.name), branch, self.source.weight(row.name))
+        stored, weight = written.weight(row.name).to(self.device), self.source.weight(row.name).to(self.device)
+        found = pipeline.layer_errors(stored, branch.to(self.device) if branch else None, weight)
         for error, expected in zip(found, (row.error, row.corrected_error), strict=False):
             if not abs(error - expected) <= VERIFY_TOLERANCE * max(expected, 1e-3):
                 raise RuntimeError(
@@ -240,11 +253,9 @@ class Job:
         }
 
     def _kept_records(self) -> dict[str, dict]:
-        """What the source's header says of quantized layers that stay as they are."""
-        text = self.source.metadata.get(QUANTIZATION_METADATA)
-        found = json.loads(text)["layers"] if text else {}
-        bare = {name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1]): record for name, record in found.items()}
-        return {f"{self.source.prefix}{name}": r for name, r in bare.items() if name not in self.formats()}
+        """Records of quantized layers that stay as they are."""
+        changed = {f"{self.source.prefix}{name}" for name in self.formats()}
+        return {key: record for key, record in self.source.records().items() if key not in changed}
 
     def _provenance(self, sha256: str | None) -> dict:
         recipe = {"name": self.recipe.name, "sha256": self.recipe.digest}
@@ -284,7 +295,7 @@ QUANT_SUFFIXES = ("comfy_quant", "weight_scale", "weight_scale_2", "input_scale"
 
 def record(format: Format, shape: tuple[int, int]) -> dict:
     """The layer's `comfy_quant` record; `orig_shape` where the storage is padded and cannot tell."""
-    stored = format.storage(*shape)["weight"].numel * (2 if format.name == "nvfp4" else 1)
+    stored = format.storage(*shape)["weight"].numel * format.codes_per_byte
     return format.record() | ({"orig_shape": list(shape)} if stored != shape[0] * shape[1] else {})
 
 
@@ -307,36 +318,3 @@ def is_text_encoder(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def natural(name: str) -> list:
     """Sort key that puts layers.2 before layers.10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-class _Digest:
-    """SHA-256 of the source file, computed beside the work; None where the source is not a file."""
-
-    def __init__(self, path: Path | None):
-        self._path, self._hash, self._problem, self._stopped = path, hashlib.sha256(), None, False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> _Digest:
-        if self._path is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._stopped = True  # a cancelled job does not go on reading
-
-    def _run(self) -> None:
-        try:
-            with open(self._path, "rb") as file:
-                while not self._stopped and (chunk := file.read(1 << 20)):
-                    self._hash.update(chunk)
-        except OSError as problem:
-            self._problem = problem
-
-    def hexdigest(self) -> str | None:
-        """Waits for the end of the file. Raises RuntimeError if it could not be read to there."""
-        if self._path is None:
-            return None
-        self._thread.join()
-        if self._problem is not None:
-            raise RuntimeError(f"{self._path}: could not be read to the end ({self._problem}); is the disk in order?")
-        return self._hash.hexdigest()

@@ -35,17 +35,18 @@ def merge_markers(file: Checkpoint) -> dict[str, dict]:
 
 
 def infer(record: dict, specs: Mapping[str, TensorSpec], repairs: list[str], key: str) -> dict:
-    """The record with a `format` that its tensors support. Raises ValueError if none or several do."""
+    """The record with a `format` that its tensors support. Raises ValueError if it names none and none fits."""
     said, found = record.get("format"), _candidates(specs)
     weight = specs.get("weight")
-    if said in ("nvfp4", "mxfp8") and weight is not None and weight.dtype in FP8 and found == [_fp8(weight.dtype)]:
-        # convert_to_quant --layer-config: fp8 tensors under a block format's label
+    scalar_fp8 = weight is not None and weight.dtype in FP8 and found == [_fp8(weight.dtype)]
+    if said in ("nvfp4", "mxfp8", "float8_e4m3fn", "float8_e5m2") and scalar_fp8 and said != found[0]:
+        # convert_to_quant --layer-config puts fp8 tensors under a block format's label; hosts call every fp8 e4m3
         repairs.append(f"{key}: marked {said}, tensors are {found[0]}")
         return record | {"format": found[0]}
-    if said is not None or not found:
+    if said is not None:
         return record
-    if len(found) > 1:
-        raise ValueError(f"format missing and ambiguous ({', '.join(found)}); add it to comfy_quant")
+    if not found:
+        raise ValueError("format is missing and the tensors fit none; re-quantize the layer from the original")
     repairs.append(f"{key}: format missing, tensors are {found[0]}")
     return record | {"format": found[0]}
 

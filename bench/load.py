@@ -18,8 +18,8 @@ LAYERS = 6
 
 def write_source(path):
     """Z-Image at its real width, 6 of the 30 main blocks, random bf16 weights."""
-    from tessera.checkpoint import Writer
     from tessera.formats import TensorSpec
+    from tessera.writer import Writer
 
     shapes = json.loads((record.ROOT / "tests" / "data" / "zimage_keys.json").read_text())
     blocks = {str(i) for i in range(LAYERS)}

@@ -15,6 +15,9 @@ from torch import Tensor
 FORMATS: dict[str, type[Format]] = {}
 """Every format by its `comfy_quant` name; a subclass enters when it is defined."""
 
+BYTE_VIEWS = {(torch.int8, torch.uint8), (torch.float8_e8m0fnu, torch.uint8)}
+"""(found, needed) dtypes that hold the same bytes under another name, besides uint8 for any byte."""
+
 CHUNK = 1 << 20  # weights handled at once
 
 Entries = dict[str, Tensor]
@@ -58,6 +61,7 @@ class Format:
 
     name: ClassVar[str] = ""
     layout: ClassVar[str] = ""  # comfy-kitchen's layout class
+    codes_per_byte: ClassVar[int] = 1  # along in_features, in the stored weight
 
     full_precision_matrix_mult: bool = False
 
@@ -135,12 +139,18 @@ class Format:
                 found = found.reshape(spec.shape)  # scalars as [1] or [1, 1], row scales as [out]
             if tuple(found.shape) != spec.shape:
                 raise ValueError(f"{suffix} is {tuple(found.shape)}, {self.label} needs {spec.shape}")
-            if found.dtype != spec.dtype:
-                if found.element_size() != spec.dtype.itemsize or found.element_size() != 1:
-                    raise ValueError(f"{suffix} is {_short(found.dtype)}, {self.label} needs {_short(spec.dtype)}")
-                found = found.view(spec.dtype)  # uint8-viewed fp8, never a value cast
-            checked[suffix] = found
+            checked[suffix] = self._as(suffix, found, spec.dtype)
         return checked
+
+    def _as(self, suffix: str, found: Tensor, dtype: torch.dtype) -> Tensor:
+        """An entry in its own dtype: bytes are viewed, never cast by value; scales of another precision are cast."""
+        if found.dtype == dtype:
+            return found
+        if (found.dtype, dtype) in BYTE_VIEWS or (found.dtype == torch.uint8 and dtype.itemsize == 1):
+            return found.view(dtype)
+        if dtype == torch.float32 and found.dtype in (torch.float16, torch.bfloat16, torch.float64):
+            return found.to(dtype)
+        raise ValueError(f"{suffix} is {_short(found.dtype)}, {self.label} needs {_short(dtype)}")
 
 
 @dataclass(frozen=True)

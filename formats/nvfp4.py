@@ -18,6 +18,7 @@ BLOCK = 16
 class NVFP4(Format):
     name: ClassVar[str] = "nvfp4"
     layout: ClassVar[str] = "TensorCoreNVFP4Layout"
+    codes_per_byte: ClassVar[int] = 2
 
     def storage(self, out_features, in_features):
         rows, columns = ref.round_up(out_features, BLOCK), ref.round_up(in_features, BLOCK)

@@ -82,6 +82,8 @@ def _nvidia(name: str, facts: DeviceFacts) -> Plan:
         if name == "nvfp4" and "cuda" not in facts.backends:
             return Plan(DECODE, "comfy-kitchen's CUDA backend is not available: reinstall comfy-kitchen")
         return Plan(NATIVE, f"comfy-kitchen {name} on {sm}")
+    if not name.startswith("float8"):
+        raise ValueError(f"format {name}: has no rule in kernels/dispatch.py; add one")
     if facts.sm < (8, 9):
         return Plan(DECODE, f"fp8 needs SM 8.9, this is {sm}")
     return Plan(NATIVE, f"torch scaled_mm fp8 on {sm}")

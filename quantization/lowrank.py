@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 16
-ITERATIONS = 4
+ITERATIONS = 8  # a quantization residual is nearly white: 4 leave 5 % of what the rank can take
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class LowRank:
     @property
     def nbytes(self) -> int:
         return self.up.nbytes + self.down.nbytes
+
+    def to(self, device: str) -> LowRank:
+        return LowRank(self.up.to(device), self.down.to(device))
 
     def weight(self) -> Tensor:
         """The fp32 product [out, in]."""

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tessera import formats
-from tessera.checkpoint import Checkpoint, Writer
+from tessera.checkpoint import Checkpoint
 from tessera.formats import TensorSpec
+from tessera.writer import Writer
 
 LABELS = ["nvfp4", "mxfp8", "int8", "int8_row", "int8_convrot_64", "fp8_e4m3", "fp8_e5m2"]
 
@@ -86,6 +87,34 @@ def test_fp8_tensors_labelled_nvfp4_are_relabelled(tmp_path):
 
     file = Checkpoint(file_of(tmp_path / "a.safetensors", {"a": "fp8_e4m3"}, mark="tensors", edit=lie))
     assert file.layers["a"].format.name == "float8_e4m3fn" and "marked nvfp4" in file.repairs[0]
+
+
+@pytest.mark.parametrize(("label", "said"), [("fp8_e4m3", "float8_e5m2"), ("fp8_e5m2", "float8_e4m3fn")])
+def test_fp8_weights_under_the_other_fp8s_name_are_relabelled(tmp_path, label, said):
+    def lie(tensors, records, metadata):
+        tensors["a.comfy_quant"] = formats.marker({"format": said})
+
+    file = Checkpoint(file_of(tmp_path / "a.safetensors", {"a": label}, mark="tensors", edit=lie))
+    assert file.layers["a"].format == formats.parse(label) and f"marked {said}" in file.repairs[0]
+
+
+@pytest.mark.parametrize("label", ["fp8_e4m3", "int8_row", "int8"])
+def test_scales_in_half_precision_are_read(tmp_path, label):
+    def halve(tensors, records, metadata):
+        tensors["a.weight_scale"] = tensors["a.weight_scale"].bfloat16()
+
+    file = Checkpoint(file_of(tmp_path / "a.safetensors", {"a": label}, edit=halve))
+    assert ((file.weight("a") - weight(0)).norm() / weight(0).norm()) < 0.04
+    assert file.entries(file.layers["a"])["weight_scale"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("label", "said"), [("fp8_e4m3", "int8_tensorwise"), ("int8", "float8_e4m3fn")])
+def test_one_bytes_codes_are_never_read_as_anothers(tmp_path, label, said):
+    def lie(tensors, records, metadata):
+        tensors["a.comfy_quant"] = formats.marker({"format": said})
+
+    with pytest.raises(ValueError, match=r"bad\.safetensors: a: weight is \w+, \w+ needs"):
+        Checkpoint(file_of(tmp_path / "bad.safetensors", {"a": label}, mark="tensors", edit=lie))
 
 
 @pytest.mark.parametrize("label", ["fp8_e4m3", "fp8_e5m2"])

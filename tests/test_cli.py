@@ -238,7 +238,7 @@ BAD = {  # what is wrong: (what makes it so, the command, what the line says)
                 rf"{FILE}: .*: not a LoRA tensor; .*LoraLoader"),
     "output = input": (None, "quantize source.safetensors -o source.safetensors --recipe mine.toml --overwrite",
                        r"source\.safetensors: source, target and LoRA must be different files; choose another name"),
-    "output exists": (None, "quantize source.safetensors -o done.safetensors --recipe mine.toml",
+    "output exists": (None, "quantize source.safetensors -o done.safetensors --recipe mine.toml --seed 1",
                       r"done\.safetensors: already exists; choose another name, or allow overwriting"),
     "LoRA exists": (None, f"{SOUND} --recipe mine.toml --lora done_lora.safetensors",
                     r"done_lora\.safetensors: already exists; choose another name"),

@@ -12,11 +12,12 @@ from safetensors import safe_open
 
 from synthetic import block, fingerprint, noise, qwen, recipe_file, save, zimage
 from tessera import formats
-from tessera.checkpoint import Checkpoint, Writer, read_header
+from tessera.checkpoint import Checkpoint, read_header
 from tessera.formats import TensorSpec
 from tessera.job import Job, Step, lora_path, natural
 from tessera.quantization import pipeline, recipe
 from tessera.version import VERSION
+from tessera.writer import Writer
 
 COUNTS = {
     "z_image_nvfp4": {"nvfp4": 102, "mxfp8": 66},
@@ -183,6 +184,28 @@ def test_seed_changes_the_correction_only(folder):
     assert not all(same_bytes(loras[0].read(key), loras[1].read(key)) for key in loras[0].tensors)
 
 
+def test_the_same_job_again_takes_the_files_that_are_there(tmp_path):
+    source = save(tmp_path / "source.safetensors", block())
+    chosen = recipe.find(recipe_file(tmp_path / "r.toml", ("nvfp4", "layers.**")))
+
+    def run(**changes):
+        return Job(Checkpoint(source), tmp_path / "out.safetensors", chosen, rank=4, **changes).run()
+
+    first, before = run(), fingerprint(tmp_path)
+    again = run()
+    assert fingerprint(tmp_path) == before and "nothing was written" in again.warnings[-1]
+    for mine, theirs in zip(again.layers, first.layers, strict=True):
+        assert (mine.name, mine.format, mine.nbytes) == (theirs.name, theirs.format, theirs.nbytes)
+        assert mine.error == pytest.approx(theirs.error, abs=1e-6)
+        assert mine.corrected_error == pytest.approx(theirs.corrected_error, abs=1e-6)
+    assert (again.model_bytes, again.lora_bytes, again.kept) == (first.model_bytes, first.lora_bytes, first.kept)
+    with pytest.raises(ValueError, match="already exists"):
+        run(seed=1)
+    save(source, block() | {"extra": torch.zeros(3)})
+    with pytest.raises(ValueError, match="already exists"):
+        run()
+
+
 def test_a_source_in_memory_gives_the_same_tensors(folder):
     @dataclasses.dataclass
     class Memory:
@@ -193,6 +216,9 @@ def test_a_source_in_memory_gives_the_same_tensors(folder):
         prefix: str = ""
         path: None = None
         metadata: dict = dataclasses.field(default_factory=dict)
+
+        def records(self):
+            return {}
 
         def __post_init__(self):
             self.tensors = {key: TensorSpec(t.dtype, tuple(t.shape)) for key, t in self.weights.items()}

@@ -80,7 +80,7 @@ def test_only_host_and_nodes_import_comfyui(path):
 
 
 def talks_to_host(path):
-    return path == ROOT / "host.py" or path.parent == ROOT / "nodes"
+    return path.parent in (ROOT / "host", ROOT / "nodes")
 
 
 MAY_IMPORT = {

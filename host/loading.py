@@ -1,0 +1,193 @@
+"""Files to models: checked and repaired before the host sees them, each quantized layer planned for its device."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.ops
+import comfy.quant_ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from ..checkpoint import QUANTIZATION_METADATA, Checkpoint
+from ..formats import FORMATS, Format, Plain, TensorSpec, from_record
+from ..kernels import dispatch
+from ..kernels.dispatch import Plan
+
+log = logging.getLogger("tessera")
+
+PLANS = "tessera_plans"  # attachment of a MODEL's patcher: {layer: (format label, Plan)}
+TEXT_ENCODER = Plan(dispatch.DECODE, "ComfyUI runs text encoders in full precision")
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embeddings|wte)$")
+DETECTION = re.compile(
+    r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$"
+)  # shapes the host reads to know a model
+
+
+def load_diffusion_model(path: str, model_options: dict | None = None, speed: str = "auto", disable_dynamic=False):
+    """A MODEL as `comfy.sd.load_diffusion_model` gives it, its quantized layers planned by `kernels.dispatch`.
+
+    Files without quantized layers go to the host unchanged. Raises ValueError for a file that must not be loaded.
+    """
+    options = dict(model_options or {})
+    file = _quantized_file(path)
+    if file is None:
+        return comfy.sd.load_diffusion_model(path, model_options=options, disable_dynamic=disable_dynamic)
+    state_dict, metadata = _read(file, path)
+    device = options.get("load_device", comfy.model_management.get_torch_device())
+    compute = _compute_dtype(state_dict, metadata, device)
+    plans: dict[str, tuple[str, Plan]] = {}
+    if compute is not None:
+        options["custom_operations"] = operations(compute, dispatch.read_facts(device), speed, plans)
+    model = comfy.sd.load_diffusion_model_state_dict(
+        state_dict, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
+    )
+    if model is None:
+        raise ValueError(f"{file.name}: ComfyUI does not know this model's architecture; is it a diffusion model?")
+    model.cached_patcher_init = (load_diffusion_model, (path, dict(model_options or {}), speed))
+    _announce(file, model, plans)
+    return model
+
+
+def load_clip(path: str, clip_type, model_options: dict | None = None, disable_dynamic=False):
+    """A CLIP as `comfy.sd.load_clip` gives it, for one file; quantized embeddings the host cannot take are decoded."""
+    options, folders = dict(model_options or {}), folder_paths.get_folder_paths("embeddings")
+    file = _quantized_file(path)
+    if file is None:
+        return comfy.sd.load_clip([path], folders, clip_type, options, disable_dynamic=disable_dynamic)
+    state_dict, _ = _read(file, path)
+    device = options.get("load_device", comfy.model_management.text_encoder_device())
+    plans: dict[str, tuple[str, Plan]] = {}
+    compute = next(
+        (t.dtype for k, t in state_dict.items() if k.endswith("norm.weight") and t.ndim == 1), torch.bfloat16
+    )
+    options["custom_operations"] = operations(compute, dispatch.read_facts(device), "exact", plans, text_encoder=True)
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [state_dict], folders, clip_type=clip_type, model_options=options, disable_dynamic=disable_dynamic
+    )
+    clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {})))
+    _announce(file, clip.patcher, plans)
+    return clip
+
+
+def _load_clip_patcher(*args, disable_dynamic=False):
+    return load_clip(*args, disable_dynamic=disable_dynamic).patcher
+
+
+def operations(compute: torch.dtype, facts, speed: str, plans: dict, text_encoder: bool = False):
+    """The host's mixed-precision ops with a `Linear` that runs our plan; `plans` collects (format label, Plan)."""
+    disabled = {
+        name for name, cls in FORMATS.items()
+        if not issubclass(cls, Plain) and dispatch.plan(cls(), facts, speed).path == dispatch.DECODE
+    }  # fmt: skip
+    base = comfy.ops.mixed_precision_ops({}, compute, full_precision_mm=text_encoder, disabled=disabled)
+
+    class Linear(base.Linear):
+        tessera_plan: Plan | None = None
+
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            marked = state_dict.get(f"{prefix}comfy_quant")
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            format = _format(marked)
+            if format is not None:
+                self.tessera_plan = TEXT_ENCODER if text_encoder else dispatch.plan(format, facts, speed)
+                self._full_precision_mm = self.tessera_plan.path == dispatch.DECODE
+                plans[prefix.rstrip(".")] = (format.label, self.tessera_plan)
+
+        def _forward(self, input, weight, bias):
+            decode = self.tessera_plan is not None and self.tessera_plan.path == dispatch.DECODE
+            if decode and isinstance(weight, comfy.quant_ops.QuantizedTensor):
+                weight = weight.dequantize()  # the host leaves int8 to its kernel even where a decode is asked for
+            return super()._forward(input, weight, bias)
+
+    class Operations(base):
+        pass
+
+    Operations.Linear = Linear
+    return Operations
+
+
+def plans(patcher) -> dict[str, tuple[str, Plan]]:
+    """Format label and Plan of every quantized layer of a MODEL from our loader; empty for any other."""
+    return dict(patcher.get_attachment(PLANS) or {})
+
+
+def _format(marked: torch.Tensor | None) -> Format | None:
+    if marked is None:
+        return None
+    record = json.loads(marked.numpy().tobytes())
+    known = record.get("format") in FORMATS and "num_experts" not in record
+    return from_record(record, {"weight_scale": TensorSpec(torch.float32, (1, 1))}) if known else None
+
+
+def _quantized_file(path: str) -> Checkpoint | None:
+    """The file if it has quantized layers; None for plain files and for other containers."""
+    if not path.lower().endswith((".safetensors", ".sft")):
+        return None
+    file = Checkpoint(Path(path))
+    for key, record in file.opaque.items():
+        if record.get("format") not in comfy.quant_ops.QUANT_ALGOS:
+            raise ValueError(
+                f"{file.name}: {key}: format {record.get('format')!r} is not known to this ComfyUI; update it"
+            )
+    smoothed = [n for n, layer in file.layers.items() if "pre_quant_scale" in layer.sources]
+    if smoothed and "pre_quant_scale" not in comfy.quant_ops.QUANT_ALGOS["nvfp4"]["parameters"]:
+        raise ValueError(f"{file.name}: {smoothed[0]}: pre_quant_scale needs ComfyUI 0.30 or later; update it")
+    return file if file.layers or file.opaque else None
+
+
+def _read(file: Checkpoint, path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(state dict, metadata) as every host loads them: repaired, each marker a tensor, nothing it cannot take."""
+    state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    state_dict = file.repair(state_dict)
+    for name, layer in file.layers.items():
+        if not _host_takes(name, layer.format):
+            for suffix in (*layer.sources, "comfy_quant"):
+                state_dict.pop(f"{layer.key}.{suffix}", None)
+            weight = file.weight(name).to(torch.bfloat16)
+            state_dict[f"{layer.key}.weight"] = weight
+            file.repairs.append(f"{name}: {layer.format.label} decoded to bf16, {weight.nbytes / 1e6:.0f} MB")
+    return state_dict, {k: v for k, v in (metadata or {}).items() if k != QUANTIZATION_METADATA}
+
+
+def _host_takes(name: str, format: Format) -> bool:
+    if DETECTION.search(name):
+        return False
+    if not EMBEDDINGS.search(name):
+        return True
+    int8 = hasattr(comfy.quant_ops.get_layout_class("TensorWiseINT8Layout"), "dequantize_embedding")
+    return format.name.startswith("float8") or (format.name == "int8_tensorwise" and int8 and _version() >= (0, 30))
+
+
+def _version() -> tuple[int, int]:
+    import comfyui_version
+
+    return tuple(int(n) for n in comfyui_version.__version__.split(".")[:2])
+
+
+def _compute_dtype(state_dict: dict, metadata: dict, device: torch.device) -> torch.dtype | None:
+    """The dtype the host would compute in (`pick_operations` gets it from the detected model); None if unknown."""
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
+    prefix = prefix if any(k.startswith(prefix) for k in state_dict) else ""
+    config = comfy.model_detection.model_config_from_unet(state_dict, prefix, metadata=metadata)
+    if config is None:
+        return None
+    return comfy.model_management.unet_manual_cast(None, device, config.supported_inference_dtypes)
+
+
+def _announce(file: Checkpoint, patcher, plans: dict) -> None:
+    patcher.set_attachments(PLANS, plans)
+    for line in (*dispatch.summary(plans.values()), *(f"repaired: {r}" for r in file.repairs)):
+        log.info("Tessera: %s: %s", file.name, line)
+
+
+def plan_text(patcher) -> str:
+    """How a loaded model's quantized layers run here, in words."""
+    return "\n".join(dispatch.summary(plans(patcher).values())) or "no quantized layers"
