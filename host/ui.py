@@ -29,9 +29,21 @@ def recipes_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / "tessera" / "recipes"
 
 
+def output_root(folder: str) -> Path:
+    """The first folder registered for that kind; the host puts its old `unet` before `diffusion_models`."""
+    paths = [Path(path) for path in folder_paths.get_folder_paths(folder)]
+    return next((path for path in paths if path.name not in ("unet", "clip")), paths[0]).resolve()
+
+
+def listed_name(path: Path) -> str:
+    """The name under which the host's loaders list a file that `output_path` gave."""
+    roots = [output_root(folder) for folder in ("diffusion_models", "text_encoders", "loras")]
+    return next((str(path.relative_to(root)) for root in roots if path.is_relative_to(root)), path.name)
+
+
 def output_path(folder: str, name: str) -> Path:
-    """A file to write below the first folder registered for that kind. Raises ValueError if the name leaves it."""
-    root = Path(folder_paths.get_folder_paths(folder)[0]).resolve()
+    """A file to write below the folder for that kind. Raises ValueError if the name leaves it."""
+    root = output_root(folder)
     name = name if name.endswith(".safetensors") else f"{name}.safetensors"
     path = (root / name).resolve()
     if not path.is_relative_to(root):

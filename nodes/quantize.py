@@ -40,7 +40,7 @@ class Quantize(io.ComfyNode):
                 io.Model.Input("model", optional=True, tooltip="Quantize this model instead, its LoRAs merged in."),
                 io.Clip.Input("clip", optional=True, tooltip="Quantize this text encoder instead."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, advanced=True,
-                             tooltip="Same source, recipe and seed: same file."),
+                             control_after_generate=False, tooltip="Same source, recipe and seed: same file."),
             ],
             outputs=[
                 io.Combo.Output("model_name", tooltip="Connect to unet_name or clip_name of a loader."),
@@ -59,7 +59,7 @@ class Quantize(io.ComfyNode):
         job = _job(source, recipe, filename, rank, model, clip, seed)
         report = job.run(progress)
         host.say(cls.hidden.unique_id, "\n".join(report.summary()))
-        names = [str(path.name if path else "") for path in (job.target, job.lora)]
+        names = [host.listed_name(path) if path else "" for path in (job.target, job.lora)]
         return io.NodeOutput(
             *names, report.markdown(), ui={"text": [report.markdown()], "tessera_report": [report.as_dict()]}
         )
