@@ -13,9 +13,10 @@ import torch
 
 record.load_pack()
 
-from tessera.checkpoint import Writer  # noqa: E402
+
 from tessera.formats import NVFP4, TensorSpec, parse  # noqa: E402
 from tessera.quantization import lowrank, pipeline, scales  # noqa: E402
+from tessera.writer import Writer  # noqa: E402
 
 SHAPES = ((3840, 3840), (10240, 3840), (11520, 3840), (3840, 10240))
 BLOCK = {"attention.qkv": (11520, 3840), "attention.out": (3840, 3840), "feed_forward.w1": (10240, 3840),
