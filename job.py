@@ -35,6 +35,7 @@ class Step:
     total: int
     layer: str
     seconds_left: float | None
+    verifying: bool = False  # the second pass, over what was written
 
     def __str__(self) -> str:
         minutes, seconds = divmod(int(self.seconds_left or 0), 60)
@@ -110,7 +111,7 @@ class Job:
             for step in self._steps(progress):
                 report.layers.append(self._layer(step.layer, model, lora))
             report.kept = self._copy_rest(model)
-            progress(Step(len(report.layers), len(report.layers), "verifying", None))
+            progress(Step(0, len(report.layers), "verifying", None, True))
             self._finish(report, model, lora, digest.hexdigest(), progress)
             report.model_bytes, report.lora_bytes = model.nbytes, lora.nbytes if lora else 0
             report.seconds = time.monotonic() - started
@@ -125,14 +126,18 @@ class Job:
         files = [path for path in (self.target, self.lora) if path is not None]
         if self.source.path is None or not all(path.is_file() for path in files):
             return None
-        written = [Checkpoint(path) for path in files]
-        said = [json.loads(file.metadata.get(PROVENANCE, "null")) for file in written]
-        if not all(isinstance(s, dict) and s.get("version") == VERSION for s in said):
+        try:
+            written = [Checkpoint(path) for path in files]
+            said = [json.loads(file.metadata.get(PROVENANCE, "null")) for file in written]
+            sha256 = said[0]["source"]["sha256"]
+        except (ValueError, KeyError, TypeError):  # not a file of ours; the writer says that the name is taken
+            return None
+        ours = self._provenance(sha256)
+        if said != [ours, ours | {"model": self.target.name}][: len(said)]:
             return None
         with Digest(self.source.path) as digest:
-            provenance = self._provenance(digest.hexdigest())
-        if said != [provenance, provenance | {"model": self.target.name}][: len(said)]:
-            return None
+            if digest.hexdigest() != sha256:
+                return None
         report, errors = self._report(), json.loads(written[0].metadata[LAYER_ERRORS])
         report.warnings.append("the same job's files were there already, nothing was written")
         for name, format in self.formats().items():
@@ -165,6 +170,9 @@ class Job:
             layer = pipeline.quantize(format, weight, rank, pipeline.layer_seed(self.seed, name), self.sweep)
         except ValueError as problem:
             raise ValueError(f"{self.source.name}: {name}: {problem}") from None
+        except torch.cuda.OutOfMemoryError:
+            raise RuntimeError(f"{self.source.name}: {name}: does not fit into the free memory of {self.device}; "
+                               "free some there, or take --device cpu") from None  # fmt: skip
         shape = (weight.shape[0], weight.shape[1])
         for suffix, tensor in layer.entries.items():
             model.write(f"{self.source.prefix}{name}.{suffix}", tensor)
@@ -191,7 +199,7 @@ class Job:
         if lora:
             branches = Checkpoint(lora.finish({PROVENANCE: json.dumps(provenance | {"model": self.target.name})}))
         for index, row in enumerate(report.layers):
-            progress(Step(index, len(report.layers), f"verifying {row.name}", None))
+            progress(Step(index, len(report.layers), f"verifying {row.name}", None, True))
             self._verify(row, written, branches)
         model.reread(written)  # an error of 1e-4 hides a flipped bit of a large layer, and kept tensors have none
         if lora:

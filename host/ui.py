@@ -60,9 +60,9 @@ class Progress:
 
     def __call__(self, step: Step) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._bar is None or self._bar.total != step.total:
-            self._bar = comfy.utils.ProgressBar(max(step.total, 1), node_id=self.node_id)
-        self._bar.update_absolute(step.index)
+        if self._bar is None:  # every layer is met twice: quantized, then verified
+            self._bar = comfy.utils.ProgressBar(2 * step.total, node_id=self.node_id)
+        self._bar.update_absolute(step.index + (step.total if step.verifying else 0))
         say(self.node_id, str(step))
 
 

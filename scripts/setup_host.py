@@ -46,7 +46,8 @@ TORCH_FAMILY = {"torch", "torchvision", "torchaudio"}
 VISION_FOR_TORCH = {"2.13": ["torchvision==0.28.0", "torchaudio==2.11.0"]}  # for a CPU torch; see install_vision
 TEMPLATES = "comfyui-workflow-templates"
 MODULES = ["torch", "torchvision", "torchaudio", "safetensors", "numpy", "comfy_kitchen", "aiohttp", "transformers"]
-MODULES += ["PIL", "pytest", "hypothesis"]
+MODULES += ["PIL"]
+TEST_MODULES = ["pytest", "hypothesis", "ruff"]
 
 
 class SetupError(Exception):
@@ -298,9 +299,9 @@ def install_templates(python, lines):
         shutil.copytree(templates, served / "templates", dirs_exist_ok=True)
 
 
-def check_modules(python):
+def check_modules(python, modules):
     """SetupError naming the packages the interpreter lacks."""
-    code = f"from importlib.util import find_spec; print(*[m for m in {MODULES} if find_spec(m) is None])"
+    code = f"from importlib.util import find_spec; print(*[m for m in {modules} if find_spec(m) is None])"
     missing = run([python, "-c", code], str(python)).split()
     if missing:
         raise SetupError(f"{python} lacks {', '.join(missing)}: install them there, with ComfyUI's requirements.txt")
@@ -319,14 +320,14 @@ def boot(python, host, temp):
 # The whole
 
 
-def set_up():
-    """(interpreter, ComfyUI folder), both ready for use."""
+def set_up(tests=True):
+    """(interpreter, ComfyUI folder), both ready for use; `tests`: an interpreter of yours must be able to run them."""
     given, foreign = os.environ.get("COMFYUI_PATH"), os.environ.get("COMFYUI_PYTHON")
     host = check_host(Path(given).expanduser().resolve()) if given else None
     if foreign:
         if host is None:
             raise SetupError("COMFYUI_PYTHON is set, COMFYUI_PATH is not: set both, or neither")
-        check_modules(foreign)
+        check_modules(foreign, MODULES + (TEST_MODULES if tests else []))
         return foreign, host
     venv = CACHE / f"venv-{host_version(host) if host else SDIST_VERSION}"  # each host pins its own comfy-kitchen
     with only_one():
@@ -341,13 +342,15 @@ def set_up():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-env", action="store_true", help="quote the two values for a shell's eval")
-    quote = shlex.quote if parser.parse_args().print_env else str
+    parser.add_argument("--no-tests", action="store_true", help="do not ask COMFYUI_PYTHON for what only tests need")
+    given = parser.parse_args()
+    quote = shlex.quote if given.print_env else str
     start = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that pip is stopped too
     try:
         if sys.version_info < (3, 11):  # noqa: UP036 - users start this with whatever python3 is
             raise SetupError("Python 3.11 or later is needed, this is {}.{}".format(*sys.version_info))
-        python, host = set_up()
+        python, host = set_up(tests=not given.no_tests)
     except (SetupError, OSError) as error:
         say(f"error: {error}")
         return 1

@@ -126,8 +126,8 @@ def test_progress_names_the_layer_and_the_time_left(host, first):
     assert "0/28 context_refiner.0.attention.qkv" in texts
     assert any(re.fullmatch(r"27/28 noise_refiner\.1\.feed_forward\.w1, \d+:\d\d left", text) for text in texts)
     bars = [d["nodes"]["quantize"] for d in events if "quantize" in d.get("nodes", {})]
-    values = [bar["value"] for bar in bars if bar["max"] == 28]
-    assert len(values) > 1 and max(values) == 28
+    values = [bar["value"] for bar in bars if bar["max"] == 56]
+    assert len(values) > 1 and max(values) == 56 and values == sorted(values)
 
 
 def test_strength_runs_again_only_from_the_correction_on(host, first):
