@@ -230,7 +230,7 @@ def fill_venv(venv, host):
     (venv / ".tessera-stamp").unlink()
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="tmp-") as temp:
         install_packages(python, lines, Path(temp))
-        check_modules(python)
+        check_modules(python, MODULES + TEST_MODULES)
         boot(python, host, Path(temp))
     write_stamp(venv, "python {}.{} ".format(*sys.version_info) + wishes)
 
