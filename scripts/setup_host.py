@@ -249,8 +249,9 @@ def install_packages(python, lines, temp):
 
 
 def torch_facts(python):
-    code = "import json, torch; from torch import version as v"
-    code += "; print(json.dumps({'version': v.__version__, 'gpu': bool(v.cuda or v.hip)}))"
+    """Its version as pip knows it (a CUDA build adds +cu130 only when imported), and whether it is for a GPU."""
+    code = "import json, torch; from importlib.metadata import version; from torch import version as v"
+    code += "; print(json.dumps({'version': version('torch'), 'gpu': bool(v.cuda or v.hip)}))"
     return json.loads(run([python, "-c", code], "the import of torch"))
 
 
