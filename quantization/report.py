@@ -50,7 +50,7 @@ class Report:
 
     def markdown(self) -> str:
         """Totals, warnings and one table row per layer."""
-        lines = [*self.summary(), "", *(f"- **note** {w}" for w in self.warnings), ""]
+        lines = [*(f"- {line}" for line in self.summary()), *(f"- note: {w}" for w in self.warnings), ""]
         lines += ["| layer | format | MB | weight error | with correction | s |", "|-|-|-:|-:|-:|-:|"]
         for layer in self.layers:
             corrected = "" if layer.corrected_error is None else f"{layer.corrected_error:.4f}"
@@ -61,17 +61,17 @@ class Report:
         return "\n".join(lines)
 
     def summary(self) -> list[str]:
-        """The totals as a few markdown lines."""
+        """The totals as a few lines of plain text."""
         counts = ", ".join(f"{n} {label}" for label, n in self.counts().items()) or "none"
         ratio = self.model_bytes / self.source_bytes if self.source_bytes else 0.0
         lines = [
-            f"**{self.model}**: {size(self.model_bytes)}, {ratio:.0%} of {size(self.source_bytes)} ({self.source})",
+            f"{self.model}: {size(self.model_bytes)}, {ratio:.0%} of {size(self.source_bytes)} ({self.source})",
             f"layers: {counts}; {self.kept} tensors kept; recipe {self.recipe}; {self.seconds:.1f} s",
         ]
         if self.layers:
             lines.append(f"mean weight error: {self.mean('error'):.4f}" + self._corrected())
         if self.lora:
-            lines.append(f"correction LoRA **{self.lora}**: rank {self.rank}, {size(self.lora_bytes)}")
+            lines.append(f"correction LoRA {self.lora}: rank {self.rank}, {size(self.lora_bytes)}")
         return lines
 
     def mean(self, field: str) -> float:
