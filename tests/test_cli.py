@@ -54,8 +54,8 @@ def run(capsys):
 def test_quantize_prints_a_table_and_names_both_files(folder, run):
     code, out, err = run("quantize source.safetensors -o new.safetensors --recipe mine.toml --rank 8 --seed 3")
     assert (code, err) == (0, "") and {"new.safetensors", "new_lora.safetensors"} <= fingerprint(folder).keys()
-    assert "**new.safetensors**" in out and "layers: 2 nvfp4, 1 mxfp8; 2 tensors kept; recipe mine" in out
-    assert "correction LoRA **new_lora.safetensors**: rank 8" in out
+    assert "new.safetensors" in out and "layers: 2 nvfp4, 1 mxfp8; 2 tensors kept; recipe mine" in out
+    assert "correction LoRA new_lora.safetensors: rank 8" in out
     assert all(f"| {name} | " in out for name in LAYERS)
 
 

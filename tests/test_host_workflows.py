@@ -116,7 +116,7 @@ def test_one_graph_quantizes_loads_corrects_and_samples(host, first):
 
 def test_report_is_shown_in_the_node(host, first):
     outputs = first[0]["outputs"]["quantize"]
-    assert outputs["text"][0].startswith("**whole.safetensors**")
+    assert outputs["text"][0].startswith("- whole.safetensors: ")
     assert outputs["tessera_report"][0]["counts"] == {"mxfp8": 15, "nvfp4": 13}
 
 
@@ -367,7 +367,7 @@ def test_example_quantize_and_save_runs(host):
     source = {"source": "diffusion_models/tiny.safetensors", "filename": "example_nvfp4"}
     entry = host.run(example(host, "tessera_quantize_and_save", TesseraQuantize=source))
     report = next(o["text"][0] for id, o in entry["outputs"].items() if "tessera_report" not in o)
-    assert report.startswith("**example_nvfp4.safetensors**")
+    assert report.startswith("- example_nvfp4.safetensors: ")
     assert (host.models("loras") / "example_nvfp4_lora.safetensors").is_file()
 
 
