@@ -35,7 +35,8 @@ class Branch(nn.Module):
 
     def add(self, output: Tensor, x: Tensor, strength: Tensor) -> Tensor:
         """output [..., out] + strength * branch(x [..., in]), in x's dtype."""
-        self.fired += 1
+        if self.fired < 2:  # enough to tell; a number that keeps changing would make torch.compile start over
+            self.fired += 1
         # strength meets the r-wide middle, where it costs least; on any device without a copy, as it is 0-d
         delta = self.up(self.down(x) * strength).to(output.dtype)
         if self.rows is None:
@@ -66,6 +67,7 @@ class SideBranch:
     key: str
     strength: float
     _tensor: Tensor = field(init=False)
+    _warned: bool = field(init=False, default=False)
 
     def __post_init__(self):
         self._tensor = torch.tensor(float(self.strength))
@@ -103,7 +105,8 @@ class SideBranch:
         branches: Branches = patcher.get_additional_models_with_key(self.key)[0].model
         silent = [name for name, item in zip(branches.layers, branches.items, strict=True) if not item.fired]
         # twice: a run that was cancelled inside its first step has silent layers too
-        if silent and max(item.fired for item in branches.items) > 1:
+        if silent and not self._warned and max(item.fired for item in branches.items) > 1:
+            self._warned = True
             log.warning("Tessera: %d of %d corrected layers ran past their correction (first: %s)",
                         len(silent), len(branches.layers), silent[0])  # fmt: skip
 

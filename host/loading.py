@@ -26,9 +26,7 @@ log = logging.getLogger("tessera")
 PLANS = "tessera_plans"  # attachment of a MODEL's patcher: {layer: (format label, Plan)}
 TEXT_ENCODER = Plan(dispatch.DECODE, "ComfyUI runs text encoders in full precision")
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embeddings|wte)$")
-DETECTION = re.compile(
-    r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$"
-)  # shapes the host reads to know a model
+DETECTION = re.compile(r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$")  # the host knows models by these
 
 
 def load_diffusion_model(path: str, model_options: dict | None = None, speed: str = "auto", disable_dynamic=False):
@@ -159,7 +157,7 @@ def _read(file: Checkpoint, path: str) -> tuple[dict[str, torch.Tensor], dict[st
 
 def _host_takes(name: str, format: Format) -> bool:
     if DETECTION.search(name):
-        return False
+        return format.codes_per_byte == 1  # a packed weight has another shape
     if not EMBEDDINGS.search(name):
         return True
     int8 = hasattr(comfy.quant_ops.get_layout_class("TensorWiseINT8Layout"), "dequantize_embedding")

@@ -130,6 +130,16 @@ def test_legacy_e5m2_file_loads_with_its_own_format(quantized, models):
     assert torch.equal(sample(ours("legacy.safetensors")), sample(ours(quantized("fp8_e5m2"))))
 
 
+def test_a_packed_layer_that_detection_reads_is_decoded(models, tiny):
+    """ComfyUI reads widths from cap_embedder.1; packed into half its columns, the model is taken for another."""
+    path = models / "diffusion_models" / "packed_embedder.safetensors"
+    rule = recipe.Rule(formats.NVFP4(), ("cap_embedder.1",), "test")
+    Job(Checkpoint(TINY), path, recipe.Recipe("embedder", "", (rule,)), rank=0).run()
+    model = ours(path.name)
+    assert tuple(model.model.get_submodule("diffusion_model.cap_embedder.1").weight.shape) == (256, 64)
+    assert relative(sample(model), sample(ours(tiny["bf16"]))) < 0.3
+
+
 def test_plans_can_be_queried_and_are_logged_once(tiny, caplog):
     from tessera import host
 
