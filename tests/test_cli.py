@@ -307,8 +307,10 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):
     recipe_file(tmp_path / "mine.toml", ("nvfp4", "**"))
     before = fingerprint(tmp_path)
     command = [sys.executable, "-c", PROGRAM, str(ROOT), *SOUND.split(), "--recipe", "mine.toml"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background jobs
+    )  # fmt: skip
     while not list(tmp_path.glob(".new_lora.safetensors.*")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
