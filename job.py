@@ -88,6 +88,11 @@ class Job:
             self.warnings.append(f"{len(again)} layers are already quantized in the source (first: {again[0]}); "
                                  "errors are measured against it, not against the original")  # fmt: skip
 
+    def working_bytes(self) -> int:
+        """What the arithmetic needs at once on `device`, at most: some six fp32 copies of the largest layer."""
+        shapes = self.source.shapes()
+        return 6 * 4 * max(shapes[f"{name}.weight"][0] * shapes[f"{name}.weight"][1] for name in self.formats())
+
     def formats(self) -> dict[str, Format]:
         """The format of each layer that changes, by module path, in the model's own order."""
         names = sorted((n for n, choice in self.layer_map.items() if choice.format is not None), key=natural)

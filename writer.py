@@ -119,13 +119,20 @@ class Writer:
         """Claims the whole size now, so that a full disk is found before the work, not after."""
         try:
             with self._disk_errors():
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._file.fileno(), 0, self.nbytes)
-                else:
-                    self._file.truncate(self.nbytes)
+                self._reserve()
         except ValueError:
             self.__exit__()
             raise
+
+    def _reserve(self) -> None:
+        self._file.truncate(self.nbytes)
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)
+        except OSError as problem:
+            if problem.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot, ZFS for one
+                raise
 
     @contextlib.contextmanager
     def _disk_errors(self):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.quant_ops
+import comfy.utils
 import torch
 
 from ..formats import TensorSpec
@@ -24,17 +25,14 @@ class ModelSource:
 
     def __init__(self, patcher, below: str, name: str):
         self.name, self._patcher, self._below = name, patcher, below
-        self._parameters = {
-            key.removeprefix(below): value
-            for key, value in [*patcher.model.named_parameters(), *patcher.model.named_buffers()]
-            if key.startswith(below)
-        }
-        for key, value in self._parameters.items():
+        self.tensors = {}
+        for full, value in [*patcher.model.named_parameters(), *patcher.model.named_buffers()]:
+            if not full.startswith(below):
+                continue
             if isinstance(value.data, comfy.quant_ops.QuantizedTensor) or value.dtype.itemsize < 2:
-                raise ValueError(
-                    f"{name}: {key}: is already quantized ({value.dtype}); quantize from the original file"
-                )
-        self.tensors = {k: TensorSpec(_stored_dtype(v), tuple(v.shape)) for k, v in self._parameters.items()}
+                raise ValueError(f"{name}: {full.removeprefix(below)}: is already quantized ({value.dtype}); "
+                                 "quantize from the original file")  # fmt: skip
+            self.tensors[full.removeprefix(below)] = TensorSpec(_stored_dtype(value), tuple(value.shape))
         self.nbytes = sum(spec.nbytes for spec in self.tensors.values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -53,9 +51,12 @@ class ModelSource:
         return self._patched(key).to(self.tensors[key].dtype)
 
     def _patched(self, key: str) -> torch.Tensor:
+        """Looked up anew each time: the host may load, merge or unload the model meanwhile."""
         full = self._below + key
         backup = self._patcher.backup.get(full)  # a merged weight's original
-        value = (backup.weight if backup is not None else self._parameters[key]).detach().cpu()
+        value = (
+            (backup.weight if backup is not None else comfy.utils.get_attr(self._patcher.model, full)).detach().cpu()
+        )
         patches = self._patcher.patches.get(full)
         return comfy.lora.calculate_weight(patches, value.float(), full) if patches else value
 

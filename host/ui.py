@@ -16,6 +16,11 @@ def compute_device() -> str:
     return str(comfy.model_management.get_torch_device())
 
 
+def make_room(nbytes: int) -> None:
+    """Has the host unload models until that much is free where it computes."""
+    comfy.model_management.free_memory(nbytes, comfy.model_management.get_torch_device())
+
+
 def full_path(folder: str, name: str) -> str:
     return folder_paths.get_full_path_or_raise(folder, name)
 

@@ -57,6 +57,7 @@ class Quantize(io.ComfyNode):
     def execute(cls, source, recipe, filename="", rank=32, model=None, clip=None, seed=0):
         progress = host.Progress(cls.hidden.unique_id)
         job = _job(source, recipe, filename, rank, model, clip, seed)
+        host.make_room(job.working_bytes())
         report = job.run(progress)
         host.say(cls.hidden.unique_id, "\n".join(report.summary()))
         names = [host.listed_name(path) if path else "" for path in (job.target, job.lora)]
