@@ -54,11 +54,12 @@ class ModelSource:
         """Looked up anew each time: the host may load, merge or unload the model meanwhile."""
         full = self._below + key
         backup = self._patcher.backup.get(full)  # a merged weight's original
-        value = (
-            (backup.weight if backup is not None else comfy.utils.get_attr(self._patcher.model, full)).detach().cpu()
-        )
+        value = backup.weight if backup is not None else comfy.utils.get_attr(self._patcher.model, full)
         patches = self._patcher.patches.get(full)
-        return comfy.lora.calculate_weight(patches, value.float(), full) if patches else value
+        if not patches:
+            return value.detach().cpu()
+        mine = value.detach().to("cpu", torch.float32, copy=True)  # the host adds into what it is given
+        return comfy.lora.calculate_weight(patches, mine, full)
 
 
 def _stored_dtype(value: torch.Tensor) -> torch.dtype:
