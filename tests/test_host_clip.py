@@ -120,3 +120,14 @@ def test_plan_of_every_quantized_layer_is_told(encoder):
     assert len(plans) == 3 * LAYERS and {label for label, _ in plans.values()} == {"mxfp8"}
     assert {plan for _, plan in plans.values()} == {host.TEXT_ENCODER}
     target.unlink()
+
+
+def test_a_loaded_clip_is_the_same_source_as_its_file(encoder):
+    from tessera import host
+
+    source, file = host.clip_source(stock(encoder)), Checkpoint(encoder)
+    assert source.shapes() == file.shapes()
+    for name in ("model.layers.1.mlp.up_proj", "model.layers.0.self_attn.k_proj"):
+        assert torch.equal(source.weight(name), file.weight(name))
+    for key in ("model.norm.weight", f"{EMBEDDING}.weight"):
+        assert source.tensors[key] == file.tensors[key] and torch.equal(source.read(key), file.read(key))
