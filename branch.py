@@ -82,10 +82,10 @@ class SideBranch:
         for handle in registry.pop(self.key, (None, ()))[1]:
             handle.remove()
         branches: Branches = patcher.get_additional_models_with_key(self.key)[0].model
-        handles = []
+        modules, handles = dict(patcher.model.named_modules()), []  # one walk: faster than a path per layer
         for name, item in zip(branches.layers, branches.items, strict=True):
             item.fired = 0
-            handles.append(patcher.model.get_submodule(name).register_forward_hook(self._hook(item)))
+            handles.append(modules[name].register_forward_hook(self._hook(item)))
         registry[self.key] = (weakref.ref(patcher), handles)
 
     def eject(self, patcher) -> None:

@@ -26,6 +26,17 @@ def zimage(dim=256):
     return {key: part.view(shape).clone() for (key, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
+def hostable_zimage():
+    """`zimage` at width 256 with the head and time widths ComfyUI gives a model of that size: it loads there."""
+    tensors = zimage()
+    for key in tensors:
+        if key.endswith(("q_norm.weight", "k_norm.weight")):
+            tensors[key] = tensors[key][:64].clone()
+        if key.startswith("t_embedder.mlp."):
+            tensors[key] = tensors[key][tuple(slice(256) for _ in tensors[key].shape)].clone()
+    return tensors
+
+
 def block(rows=96, columns=128):
     """One Z-Image-like block: three linears, a norm and a bias."""
     names = ("layers.0.attention.qkv", "layers.0.attention.out", "layers.0.feed_forward.w1")
