@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 QUANTIZATION_METADATA = "_quantization_metadata"
 HOST_ONLY = ("convrot_w4a4", "asym_w4a8_int8")
 DAMAGED = "file damaged or marker stale, make it again from the original"
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embeddings|wte)$")
+DETECTION = re.compile(r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$")  # hosts know a model by their shapes
 PROVENANCE, LAYER_ERRORS = "tessera", "tessera_layers"
 
 DTYPES = {

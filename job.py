@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import LAYER_ERRORS, PROVENANCE, QUANTIZATION_METADATA, Checkpoint
+from .checkpoint import DETECTION, EMBEDDINGS, LAYER_ERRORS, PROVENANCE, QUANTIZATION_METADATA, Checkpoint
 from .formats import Format, Plain, TensorSpec, marker
 from .quantization import pipeline
 from .quantization.lowrank import LowRank
@@ -83,6 +83,7 @@ class Job:
                              "choose a recipe for this model")  # fmt: skip
         if all(isinstance(format, Plain) for format in self.formats().values()):
             self.rank, self.lora = 0, None  # nothing to correct
+        self._warn_of_layers_hosts_cannot_take()
         again = [name for name in self.formats() if self.source.quantized(name)]
         if again:
             self.warnings.append(f"{len(again)} layers are already quantized in the source (first: {again[0]}); "
@@ -293,6 +294,15 @@ class Job:
         if legacy:
             raise ValueError(f"{self.source.name}: {legacy[0]}: is in the legacy scaled_fp8 layout, which no output "
                              "keeps; give it a format in your recipe, bf16 for instance")  # fmt: skip
+
+    def _warn_of_layers_hosts_cannot_take(self) -> None:
+        for name, format in self.formats().items():
+            packed = format.codes_per_byte > 1 and DETECTION.search(name)
+            blocked = format.name in ("nvfp4", "mxfp8") and EMBEDDINGS.search(name)
+            if packed or blocked:
+                why = "ComfyUI knows the model by this shape" if packed else "ComfyUI looks embeddings up by row"
+                self.warnings.append(f"{name}: {format.label}, but {why}: only Tessera's loader, which decodes it, can "
+                                     "load the file; keep this layer")  # fmt: skip
 
     def _refuse_device(self) -> None:
         try:

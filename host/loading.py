@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 
 import comfy.model_detection
@@ -16,7 +15,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..checkpoint import QUANTIZATION_METADATA, Checkpoint
+from ..checkpoint import DETECTION, EMBEDDINGS, QUANTIZATION_METADATA, Checkpoint
 from ..formats import FORMATS, Format, Plain, TensorSpec, from_record
 from ..kernels import dispatch
 from ..kernels.dispatch import Plan
@@ -25,8 +24,6 @@ log = logging.getLogger("tessera")
 
 PLANS = "tessera_plans"  # attachment of a MODEL's patcher: {layer: (format label, Plan)}
 TEXT_ENCODER = Plan(dispatch.DECODE, "ComfyUI runs text encoders in full precision")
-EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embeddings|wte)$")
-DETECTION = re.compile(r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$")  # the host knows models by these
 
 
 def load_diffusion_model(path: str, model_options: dict | None = None, speed: str = "auto", disable_dynamic=False):
