@@ -531,3 +531,16 @@ def test_codes_that_only_a_host_decodes_are_not_quantized_again(folder):
 def test_layers_are_worked_on_in_the_models_order():
     names = ["layers.10.a", "layers.2.a", "final", "layers.2.b"]
     assert sorted(names, key=natural) == ["final", "layers.2.a", "layers.2.b", "layers.10.a"]
+
+
+@pytest.mark.parametrize(("tensors", "layer", "format", "why"), [
+    ({"cap_embedder.1.weight": noise(64, 64)}, "cap_embedder.1", "nvfp4", "knows the model by this shape"),
+    (qwen(), "model.embed_tokens", "mxfp8", "looks embeddings up by row"),
+])  # fmt: skip
+def test_layers_only_our_loader_can_take_are_warned_about(tmp_path, tensors, layer, format, why):
+    source = save(tmp_path / "source.safetensors", tensors)
+    chosen = recipe.find(recipe_file(tmp_path / "r.toml", (format, layer)))
+    assert any(w.startswith(f"{layer}: {format}") and why in w for w in
+               Job(Checkpoint(source), tmp_path / "out.safetensors", chosen).warnings)  # fmt: skip
+    int8 = recipe.find(recipe_file(tmp_path / "i.toml", ("int8_row", layer)))
+    assert not any(why in w for w in Job(Checkpoint(source), tmp_path / "out.safetensors", int8).warnings)
