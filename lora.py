@@ -32,8 +32,12 @@ def read(path: Path) -> dict[str, LowRank]:
             found = f"a {kind.strip('._')} adapter" if kind else "not a LoRA tensor"
             raise ValueError(f"{file.name}: {key}: {found}; only plain low-rank LoRAs can ride "
                              "beside a weight, use ComfyUI's LoraLoaderModelOnly for this file")  # fmt: skip
-        parts.setdefault(base, {})["up" if part in _UP else "alpha" if part == "alpha" else "down"] = file.read(key)
-    return {strip_repeated_prefix(base): _pair(file.name, base, found) for base, found in parts.items()}
+        kind = "up" if part in _UP else "alpha" if part == "alpha" else "down"
+        found = parts.setdefault(strip_repeated_prefix(base), {})
+        if kind in found:
+            raise ValueError(f"{file.name}: {key}: the file has this factor twice, in two spellings; keep one of them")
+        found[kind] = file.read(key)
+    return {base: _pair(file.name, base, found) for base, found in parts.items()}
 
 
 def strip_repeated_prefix(base: str) -> str:

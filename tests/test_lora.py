@@ -211,3 +211,16 @@ def test_branch_adds_strength_times_its_product_to_its_rows():
         torch.testing.assert_close(added, expected)
     whole = branch.Branch(WIDE, None, nn.Linear).add(output, x, torch.tensor(1.0))
     torch.testing.assert_close(whole, output + x @ WIDE.weight().T)
+
+
+@pytest.mark.parametrize(
+    "second", ["diffusion_model.a.lora_B.weight", "diffusion_model.model.diffusion_model.a.lora_up.weight"]
+)
+def test_one_factor_in_two_spellings_is_refused(tmp_path, second):
+    tensors = {
+        "diffusion_model.a.lora_up.weight": torch.zeros(4, 2),
+        "diffusion_model.a.lora_down.weight": torch.zeros(2, 4),
+    }
+    save_file(tensors | {second: torch.zeros(4, 2)}, tmp_path / "twice.safetensors")
+    with pytest.raises(ValueError, match=r"twice\.safetensors: .*twice, in two spellings"):
+        lora.read(tmp_path / "twice.safetensors")
