@@ -54,10 +54,6 @@ class Branches(nn.Module):
         self.layers = [name for name, _, _ in pairs]
         self.items = nn.ModuleList(Branch(pair, rows, linear) for _, pair, rows in pairs)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(p.nbytes for p in self.parameters())
-
 
 @dataclass
 class SideBranch:

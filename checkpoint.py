@@ -130,8 +130,8 @@ class Checkpoint:
 
     def records(self) -> dict[str, dict]:
         """The `comfy_quant` record of every quantized layer by its key in the file, `params` flattened."""
-        kept = {layer.key: {k: v for k, v in layer.record.items() if k != "params"} for layer in self.layers.values()}
-        return self.opaque | {x.key: kept[x.key] | x.format.record() for x in self.layers.values()}
+        layers = {layer.key: layer.record | layer.format.record() for layer in self.layers.values()}
+        return self.opaque | {k: {n: v for n, v in record.items() if n != "params"} for k, record in layers.items()}
 
     def repair(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors (same keys) as every host can load them: canonical entries and one marker per layer."""

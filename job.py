@@ -104,7 +104,7 @@ class Job:
         nothing behind. Same source, recipe and seed on one machine: same bytes; where the same job's files are there
         already, they are the result and nothing is written."""
         started = time.monotonic()
-        done = None if self.overwrite else self._done()
+        done = None if self.overwrite else self.done()
         if done is not None:
             return done
         with ExitStack() as stack:
@@ -127,7 +127,7 @@ class Job:
             model.publish()
         return report
 
-    def _done(self) -> Report | None:
+    def done(self) -> Report | None:
         """The report of this very job if its files are there: same source bytes, recipe, seed, rank and version."""
         files = [path for path in (self.target, self.lora) if path is not None]
         if self.source.path is None or not all(path.is_file() for path in files):
@@ -300,9 +300,9 @@ class Job:
             packed = format.codes_per_byte > 1 and DETECTION.search(name)
             blocked = format.name in ("nvfp4", "mxfp8") and EMBEDDINGS.search(name)
             if packed or blocked:
-                why = "ComfyUI knows the model by this shape" if packed else "ComfyUI looks embeddings up by row"
-                self.warnings.append(f"{name}: {format.label}, but {why}: only Tessera's loader, which decodes it, can "
-                                     "load the file; keep this layer")  # fmt: skip
+                why = "ComfyUI knows models by this shape" if packed else "ComfyUI looks embeddings up by row"
+                self.warnings.append(f"{name}: {format.label}, but {why}: Tessera's loader decodes it, the stock "
+                                     "loader may fail on the file; keep this layer")  # fmt: skip
 
     def _refuse_device(self) -> None:
         try:

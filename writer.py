@@ -120,7 +120,7 @@ class Writer:
         try:
             with self._disk_errors():
                 self._reserve()
-        except ValueError:
+        except (ValueError, OSError):  # nobody is in the `with` block yet
             self.__exit__()
             raise
 

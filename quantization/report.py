@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
@@ -44,9 +43,6 @@ class Report:
 
     def as_dict(self) -> dict:
         return asdict(self) | {"counts": self.counts()}
-
-    def json(self) -> str:
-        return json.dumps(self.as_dict(), indent=1)
 
     def markdown(self) -> str:
         """Totals, warnings and one table row per layer."""

@@ -11,7 +11,6 @@ a ComfyUI from the package index is set up once, see scripts/setup_host.py.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -32,10 +31,10 @@ from comfy_host import TINY, load_pack  # noqa: E402
 from host_server import HostError, HostServer  # noqa: E402
 
 load_pack("tessera", ROOT)
-from tessera.checkpoint import LAYER_ERRORS, PROVENANCE, Checkpoint  # noqa: E402
+from tessera.checkpoint import LAYER_ERRORS, Checkpoint  # noqa: E402
+from tessera.job import Job  # noqa: E402
 from tessera.quantization import recipe as recipes  # noqa: E402
 from tessera.quantization.report import size  # noqa: E402
-from tessera.version import VERSION  # noqa: E402
 
 TINY_PROMPTS = (
     "big red star center on white plain",
@@ -206,29 +205,15 @@ def workflow(settings, quantized, column, prompts):
 def find_quantized(settings):
     """The file made earlier from this source with this recipe and version; else a name that is free."""
     models, loras = (settings.output / "models" / folder for folder in ("diffusion_models", "loras"))
-    wanted = {
-        "version": VERSION, "rank": settings.rank,
-        "source": hash_file(settings.model), "recipe": recipes.find(settings.recipe).digest,
-    }  # fmt: skip
+    source, chosen = Checkpoint(settings.model), recipes.find(settings.recipe)
     for number in count(1):
         stem = f"{settings.model.stem}_{Path(settings.recipe).stem}" + (f"_{number}" if number > 1 else "")
         found = Quantized(models / f"{stem}.safetensors", loras / f"{stem}_lora.safetensors", True)
-        if found.path.exists() and found.lora.exists() and provenance(found.path) == wanted:
+        if Job(source, found.path, chosen, found.lora, settings.rank).done():
             return found
         if not found.path.exists() and not found.lora.exists():
             found.exists = False
             return found
-
-
-def hash_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def provenance(path):
-    made = json.loads(Checkpoint(path).metadata.get(PROVENANCE, "{}"))
-    hashes = {name: made.get(name, {}).get("sha256") for name in ("source", "recipe")}
-    return {"version": made.get("version"), "rank": made.get("rank")} | hashes
 
 
 def weight_errors(path):

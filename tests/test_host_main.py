@@ -135,7 +135,7 @@ def test_a_packed_layer_that_detection_reads_is_decoded(models, tiny):
     path = models / "diffusion_models" / "packed_embedder.safetensors"
     rule = recipe.Rule(formats.NVFP4(), ("cap_embedder.1",), "test")
     report = Job(Checkpoint(TINY), path, recipe.Recipe("embedder", "", (rule,)), rank=0).run()
-    assert "cap_embedder.1: nvfp4, but ComfyUI knows the model by this shape" in report.warnings[0]
+    assert "cap_embedder.1: nvfp4, but ComfyUI knows models by this shape" in report.warnings[0]
     model = ours(path.name)
     assert tuple(model.model.get_submodule("diffusion_model.cap_embedder.1").weight.shape) == (256, 64)
     assert relative(sample(model), sample(ours(tiny["bf16"]))) < 0.3

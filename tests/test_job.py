@@ -534,7 +534,7 @@ def test_layers_are_worked_on_in_the_models_order():
 
 
 @pytest.mark.parametrize(("tensors", "layer", "format", "why"), [
-    ({"cap_embedder.1.weight": noise(64, 64)}, "cap_embedder.1", "nvfp4", "knows the model by this shape"),
+    ({"cap_embedder.1.weight": noise(64, 64)}, "cap_embedder.1", "nvfp4", "knows models by this shape"),
     (qwen(), "model.embed_tokens", "mxfp8", "looks embeddings up by row"),
 ])  # fmt: skip
 def test_layers_only_our_loader_can_take_are_warned_about(tmp_path, tensors, layer, format, why):
