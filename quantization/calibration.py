@@ -1,0 +1,180 @@
+"""Calibration: what the inputs of each layer look like while the model does its own work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats import MXFP8, NVFP4, Format
+from ..source import Source
+from .moment import BLOCK, Moment
+
+MOMENTS = ("full", "block", "diagonal")
+FULL_UP_TO = 4096  # in_features; a full moment of 10240 is 419 MB, its blocks of 128 are 5
+NOISY: tuple[Format, ...] = (NVFP4(), MXFP8())  # formats whose rounding of the input itself is recorded
+FINGERPRINT_LAYERS = 8
+FINGERPRINT_WEIGHTS = 4096  # of each of them
+SMALLEST_NORMAL = 2.0**-14  # of fp16: a host that holds bf16 weights in fp16 loses what is smaller
+
+
+@dataclass
+class Statistics:
+    """The inputs [in] of one site. Every forward counts equally, whatever its magnitude (see Accumulator)."""
+
+    tokens: int  # sampled
+    mean: Tensor  # [in] E[x]
+    amax: Tensor  # [in] max |x_j|
+    second: Tensor  # E[x x^T]: [in, in], [blocks, 128, 128] or [in]; a Moment's matrix
+    noise: dict[str, Tensor]  # format name -> [in] E[(x_j - quantized x_j)^2]
+    skipped: int = 0  # tokens with NaN or infinity
+
+    @property
+    def in_features(self) -> int:
+        return self.mean.shape[0]
+
+    def moment(self) -> Moment:
+        return Moment(self.second, self.in_features)
+
+    def to(self, device: torch.device | str) -> Statistics:
+        noise = {name: value.to(device) for name, value in self.noise.items()}
+        return Statistics(self.tokens, self.mean.to(device), self.amax.to(device), self.second.to(device), noise,
+                          self.skipped)  # fmt: skip
+
+
+class Accumulator:
+    """Statistics of one site, collected call by call in fp32 (no TF32: a rounded Gram matrix is not positive).
+
+    `weight` times the tokens of a call is its share. The sums live on `device`; the arithmetic runs where x is, with
+    one moment of its size there at a time.
+    """
+
+    def __init__(self, in_features: int, moment: str = "full", device: torch.device | str = "cpu"):
+        if moment not in MOMENTS:
+            raise ValueError(f"moment {moment!r}: must be one of {', '.join(MOMENTS)}")
+        self.in_features = in_features
+        self._tokens, self._skipped, self._weight = 0, 0, 0.0
+        self._sum, self._amax = torch.zeros(in_features, device=device), torch.zeros(in_features, device=device)
+        self._second = torch.zeros(moment_shape(in_features, moment), device=device)
+        self._noise = {format.name: torch.zeros(in_features, device=device) for format in NOISY}
+
+    @property
+    def nbytes(self) -> int:
+        """Held for as long as the site is recorded."""
+        return sum(t.nbytes for t in (self._sum, self._amax, self._second, *self._noise.values()))
+
+    def add(self, x: Tensor, weight: float = 1.0) -> None:
+        """One call's inputs [tokens, in]. Tokens that are not finite are left out and counted."""
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"inputs are {list(x.shape)}, expected [tokens, {self.in_features}]")
+        x = x.detach().float()
+        finite = torch.isfinite(x).all(1)
+        if not finite.all():
+            self._skipped += int((~finite).sum())
+            x = x[finite]
+        if not len(x):
+            return
+        device = self._sum.device
+        with full_precision():
+            self._second += (weight * gram(x, self._second.ndim)).to(device)
+        self._sum += (weight * x.sum(0)).to(device)
+        self._amax = torch.maximum(self._amax, x.abs().amax(0).to(device))
+        for format in NOISY:
+            rounding = format.decode(format.encode(x)).sub_(x)
+            self._noise[format.name] += (weight * rounding.square_().sum(0)).to(device)
+        self._tokens += len(x)
+        self._weight += weight * len(x)
+
+    def statistics(self) -> Statistics | None:
+        """What was collected; None if no token was."""
+        if not self._tokens:
+            return None
+        second = self._second / self._weight
+        if second.ndim > 1:  # the two triangles round apart
+            second = (second + second.mT) / 2
+        noise = {name: value / self._weight for name, value in self._noise.items()}
+        mean = self._sum / self._weight
+        return Statistics(self._tokens, mean, self._amax.clone(), second, noise, self._skipped)
+
+
+@dataclass
+class Calibration:
+    """Statistics of a model's layers. Layers that read the same tensor share a site, named after the first of them."""
+
+    sites: Mapping[str, Statistics]
+    layers: dict[str, str]  # module path -> site
+    model: str  # fingerprint of the model they belong to
+    runs: int = 0  # forwards recorded
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, layer: str) -> Statistics | None:
+        """The statistics of a layer's input, or None if it was not recorded."""
+        site = self.layers.get(layer)
+        return None if site is None else self.sites[site]
+
+    def digest(self) -> str:
+        """sha256 of all numbers: two calibrations with one digest make the same file."""
+        seen = hashlib.sha256(json.dumps([self.model, sorted(self.layers.items())]).encode())
+        for site in sorted(self.sites):
+            statistics = self.sites[site]
+            seen.update(f"{site}:{statistics.tokens}".encode())
+            noise = [value for _, value in sorted(statistics.noise.items())]
+            for tensor in (statistics.mean, statistics.amax, statistics.second, *noise):
+                seen.update(tensor.cpu().contiguous().numpy())
+        return seen.hexdigest()
+
+
+def moment_shape(in_features: int, moment: str) -> tuple[int, ...]:
+    """The shape of a moment's matrix."""
+    shapes = {
+        "full": (in_features, in_features),
+        "block": (-(-in_features // BLOCK), BLOCK, BLOCK),
+        "diagonal": (in_features,),
+    }
+    return shapes[moment]
+
+
+def moment_bytes(in_features: int, moment: str) -> int:
+    return 4 * math.prod(moment_shape(in_features, moment))
+
+
+def gram(x: Tensor, ndim: int) -> Tensor:
+    """x^T x of inputs [tokens, in] as a moment's matrix of that many dimensions."""
+    if ndim == 1:
+        return x.square().sum(0)
+    if ndim == 2:
+        return x.T @ x
+    tiles = F.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    return torch.bmm(tiles.mT, tiles)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32: neither TF32 nor an autocast of whoever samples."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def fingerprint(source: Source) -> str:
+    """sha256 of a model's layers: names, shapes, and numbers from some of them, as bf16 so that a host's cast to
+    another 16-bit type changes nothing."""
+    layers = sorted(k for k, s in source.shapes().items() if k.endswith(".weight") and len(s) == 2)
+    seen = hashlib.sha256(json.dumps([[key, *source.shapes()[key]] for key in layers]).encode())
+    for key in layers[:: max(1, len(layers) // FINGERPRINT_LAYERS)]:
+        weight = source.weight(key.removesuffix(".weight")).flatten()
+        sample = weight[:: max(1, weight.numel() // FINGERPRINT_WEIGHTS)]
+        sample = torch.where(sample.abs() < SMALLEST_NORMAL, 0.0, sample).bfloat16()
+        seen.update(sample.contiguous().view(torch.uint8).numpy())
+    return seen.hexdigest()
