@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .formats import TensorSpec
-from .quantization.calibration import Calibration, Statistics
+from .quantization.calibration import MOMENTS, Calibration, Statistics
+from .quantization.report import size
 from .writer import Writer
 
 METADATA = "tessera_calibration"
 VERSION = 1
-PARTS = ("mean", "amax", "second")
+PARTS = {"mean": torch.float32, "amax": torch.float32, "second": torch.float32, "sample": torch.bfloat16}
 SPARE = 1 << 16
 
 
@@ -70,6 +71,25 @@ def read(path: Path) -> Calibration:
     return Calibration(stored, layers, str(model), int(runs), [str(note) for note in notes])
 
 
+def inspect(path: Path) -> dict:
+    """What a calibration file says of itself, from its header alone: JSON-ready, `text` in lines of words."""
+    calibration = read(path)
+    sites: _Sites = calibration.sites
+    rows = [sites.describe(site) for site in sites]
+    kinds = {kind: sum(row["moment"] == kind for row in rows) for kind in MOMENTS}
+    tokens = [row["tokens"] for row in rows]
+    text = [
+        f"{Path(path).name}: {size(Path(path).stat().st_size)}, {calibration.runs} model calls, "
+        f"{len(calibration.layers)} layers, {len(rows)} inputs of {min(tokens)} to {max(tokens)} tokens",
+        "second moments: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count),
+        f"recorded on the model {calibration.model[:16]}",
+        *calibration.notes,
+    ]
+    return {"file": Path(path).name, "bytes": Path(path).stat().st_size, "model": calibration.model,
+            "runs": calibration.runs, "layers": calibration.layers, "sites": rows, "notes": calibration.notes,
+            "text": text}  # fmt: skip
+
+
 class _Sites(Mapping):
     """Statistics by site, read when asked for: all of Z-Image's full moments are 6 GB."""
 
@@ -79,25 +99,30 @@ class _Sites(Mapping):
     def check(self) -> None:
         for site in self._counts:
             specs = {part: self._file.tensors.get(f"{site}.{part}") for part in PARTS}
-            missing = [part for part, spec in specs.items() if spec is None or spec.dtype != torch.float32]
-            if missing:
-                raise ValueError(f"{self._file.name}: {site}: {missing[0]} is missing or not float32; record it again")
+            wrong = [part for part, spec in specs.items() if spec is None or spec.dtype != PARTS[part]]
+            if wrong:
+                raise ValueError(f"{self._file.name}: {site}: {wrong[0]} is {specs[wrong[0]]}, expected "
+                                 f"{PARTS[wrong[0]]}; record it again")  # fmt: skip
             width = specs["mean"].numel
             blocks = -(-width // 128)
-            if specs["amax"].numel != width or specs["second"].shape not in (
-                (width, width),
-                (width,),
-                (blocks, 128, 128),
-            ):
-                raise ValueError(f"{self._file.name}: {site}: second is {specs['second']}, its mean has {width} numbers; "
-                                 "record it again")  # fmt: skip
+            shapes = ((width, width), (width,), (blocks, 128, 128))
+            sample = specs["sample"].shape
+            if specs["amax"].numel != width or specs["second"].shape not in shapes or sample[1:] != (width,):
+                raise ValueError(f"{self._file.name}: {site}: second is {specs['second']}, sample {list(sample)}, its "
+                                 f"mean has {width} numbers; record it again")  # fmt: skip
+
+    def describe(self, site: str) -> dict:
+        tokens, skipped = self._counts[site]
+        in_features = self._file.tensors[f"{site}.mean"].numel
+        kind = {1: "diagonal", 2: "full", 3: "block"}[len(self._file.tensors[f"{site}.second"].shape)]
+        return {"site": site, "in_features": in_features, "moment": kind, "tokens": tokens, "skipped": skipped}
 
     def __getitem__(self, site: str) -> Statistics:
         tokens, skipped = self._counts[site]
         prefix = f"{site}.noise."
         noise = {k.removeprefix(prefix): self._file.read(k) for k in self._file.tensors if k.startswith(prefix)}
-        mean, amax, second = (self._file.read(f"{site}.{part}") for part in PARTS)
-        return Statistics(tokens, mean, amax, second, noise, skipped)
+        mean, amax, second, sample = (self._file.read(f"{site}.{part}") for part in PARTS)
+        return Statistics(tokens, mean, amax, second, noise, sample, skipped)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._counts)
@@ -109,4 +134,4 @@ class _Sites(Mapping):
 def _tensors(site: str, statistics: Statistics) -> dict[str, Tensor]:
     noise = {f"{site}.noise.{name}": value for name, value in statistics.noise.items()}
     parts = {f"{site}.{part}": getattr(statistics, part) for part in PARTS}
-    return {key: tensor.float().contiguous().cpu() for key, tensor in (parts | noise).items()}
+    return {key: tensor.contiguous().cpu() for key, tensor in (parts | noise).items()}

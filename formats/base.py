@@ -46,10 +46,13 @@ def chunk_rows(in_features: int) -> int:
 
 
 def join(pieces: Iterable[Quantized]) -> Quantized:
-    """Row pieces of one weight put together; the inverse of `split` where scales are per block."""
+    """Row pieces of one weight put together; the inverse of `split`."""
     pieces = list(pieces)
     block_scale = None if pieces[0].block_scale is None else torch.cat([p.block_scale for p in pieces])
-    return Quantized(torch.cat([p.qdata for p in pieces]), pieces[0].scale, block_scale)
+    scale = pieces[0].scale
+    if scale is not None and scale.ndim:
+        scale = torch.cat([p.scale for p in pieces])
+    return Quantized(torch.cat([p.qdata for p in pieces]), scale, block_scale)
 
 
 @dataclass(frozen=True)

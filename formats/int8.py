@@ -77,11 +77,14 @@ class INT8(Format):
 
     def encode(self, weight: Tensor) -> Quantized:
         """Scale amax/127 (at least 1e-30), round half to even; rotation in fp32."""
-        rotated = ref.rotate(weight, self.convrot_groupsize) if self.convrot else weight
+        rotated = self.rotate(weight)
         amax = rotated.abs().amax(1, keepdim=True) if self.per_row else rotated.abs().amax()
-        scale = (amax / 127.0).clamp(min=1e-30)
-        rows = chunk_rows(weight.shape[1])
-        scales = scale.split(rows) if self.per_row else itertools.repeat(scale)
+        return self.encode_with(rotated, (amax / 127.0).clamp(min=1e-30))
+
+    def encode_with(self, rotated: Tensor, scale: Tensor) -> Quantized:
+        """Codes nearest to a weight that is rotated already, for a given scale ([out, 1] or [])."""
+        rows = chunk_rows(rotated.shape[1])
+        scales = scale.split(rows) if scale.ndim else itertools.repeat(scale)
         codes = [
             torch.round(r / s).clamp_(-128, 127).to(torch.int8)
             for r, s in zip(rotated.split(rows), scales, strict=False)
@@ -89,7 +92,10 @@ class INT8(Format):
         return Quantized(torch.cat(codes), scale)
 
     def decode_rows(self, quantized: Quantized) -> Tensor:
-        weight = quantized.qdata.float() * quantized.scale
+        return self.rotate(quantized.qdata.float() * quantized.scale)
+
+    def rotate(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] in the basis it is stored in, and back: the rotation is its own inverse."""
         return ref.rotate(weight, self.convrot_groupsize) if self.convrot else weight
 
     def pack(self, quantized):

@@ -30,13 +30,17 @@ class MXFP8(Format):
 
     def encode(self, weight: Tensor) -> Quantized:
         """Exponent ceil(log2(amax / 448)), so that nothing saturates, then round to nearest."""
-        return join(self._encode_rows(chunk) for chunk in weight.split(chunk_rows(weight.shape[1])))
+        pieces = weight.split(chunk_rows(weight.shape[1]))
+        return join(self._encode_rows(piece, block_scales(_blocks(piece).abs().amax(-1))) for piece in pieces)
 
-    def _encode_rows(self, weight: Tensor) -> Quantized:
+    def encode_with(self, weight: Tensor, block_scale: Tensor) -> Quantized:
+        """Codes nearest to `weight` for given exponents (uint8 [out, in/32])."""
+        rows = chunk_rows(weight.shape[1])
+        pieces = zip(weight.split(rows), block_scale.split(rows), strict=True)
+        return join(self._encode_rows(piece, exponents) for piece, exponents in pieces)
+
+    def _encode_rows(self, weight: Tensor, block_scale: Tensor) -> Quantized:
         blocked = _blocks(weight)
-        amax = blocked.abs().amax(-1)
-        exponent = torch.ceil(torch.log2((amax / ref.E4M3_MAX).clamp(min=2.0**-127))).int() + ref.E8M0_BIAS
-        block_scale = torch.where(amax == 0, 0, exponent.clamp(0, 254)).to(torch.uint8)
         step = ref.e8m0_decode(block_scale)
         scaled = blocked / torch.where(step == 0, 1.0, step).unsqueeze(-1)
         scaled = torch.where((step == 0).unsqueeze(-1), 0.0, scaled).clamp(-ref.E4M3_MAX, ref.E4M3_MAX)
@@ -57,6 +61,12 @@ class MXFP8(Format):
         codes = entries["weight"][:out_features, :in_features].contiguous()
         columns = ref.round_up(in_features, BLOCK) // BLOCK
         return Quantized(codes, block_scale=ref.unswizzle(entries["weight_scale"], out_features, columns))
+
+
+def block_scales(amax: Tensor) -> Tensor:
+    """E8M0 exponents (uint8) of blocks whose largest magnitudes are `amax`: the smallest that saturate nothing."""
+    exponent = torch.ceil(torch.log2((amax / ref.E4M3_MAX).clamp(min=2.0**-127))).int() + ref.E8M0_BIAS
+    return torch.where(amax == 0, 0, exponent.clamp(0, 254)).to(torch.uint8)
 
 
 def _blocks(weight: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ class NVFP4(Format):
         an all-zero weight gets scale 1, not 0."""
         amax = weight.abs().amax()
         scale = amax / (ref.E4M3_MAX * ref.E2M1_MAX) if amax > 0 else torch.ones_like(amax)
+        return self.encode_scaled(weight, scale)
+
+    def encode_scaled(self, weight: Tensor, scale: Tensor) -> Quantized:
+        """Round to nearest with amax block scales under a given tensor scale []."""
         amaxes = torch.cat([blocks(chunk).abs().amax(-1) for chunk in weight.split(chunk_rows(weight.shape[1]))])
         block_scale = (amaxes / ref.E2M1_MAX / scale).clamp(max=ref.E4M3_MAX).to(torch.float8_e4m3fn)
         return self.encode_with(weight, scale, block_scale)

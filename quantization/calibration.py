@@ -20,9 +20,22 @@ from .moment import BLOCK, Moment
 MOMENTS = ("full", "block", "diagonal")
 FULL_UP_TO = 4096  # in_features; a full moment of 10240 is 419 MB, its blocks of 128 are 5
 NOISY: tuple[Format, ...] = (NVFP4(), MXFP8())  # formats whose rounding of the input itself is recorded
+SAMPLE = 512  # tokens of each site kept as they are
 FINGERPRINT_LAYERS = 8
 FINGERPRINT_WEIGHTS = 4096  # of each of them
 SMALLEST_NORMAL = 2.0**-14  # of fp16: a host that holds bf16 weights in fp16 loses what is smaller
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32: neither TF32 or bf16 passes nor an autocast of whoever samples."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -34,6 +47,7 @@ class Statistics:
     amax: Tensor  # [in] max |x_j|
     second: Tensor  # E[x x^T]: [in, in], [blocks, 128, 128] or [in]; a Moment's matrix
     noise: dict[str, Tensor]  # format name -> [in] E[(x_j - quantized x_j)^2]
+    sample: Tensor  # some of the tokens themselves [at most SAMPLE, in] in bf16, for what moments cannot tell
     skipped: int = 0  # tokens with NaN or infinity
 
     @property
@@ -46,7 +60,7 @@ class Statistics:
     def to(self, device: torch.device | str) -> Statistics:
         noise = {name: value.to(device) for name, value in self.noise.items()}
         return Statistics(self.tokens, self.mean.to(device), self.amax.to(device), self.second.to(device), noise,
-                          self.skipped)  # fmt: skip
+                          self.sample.to(device), self.skipped)  # fmt: skip
 
 
 class Accumulator:
@@ -64,33 +78,68 @@ class Accumulator:
         self._sum, self._amax = torch.zeros(in_features, device=device), torch.zeros(in_features, device=device)
         self._second = torch.zeros(moment_shape(in_features, moment), device=device)
         self._noise = {format.name: torch.zeros(in_features, device=device) for format in NOISY}
+        self._sample = torch.zeros(0, in_features, dtype=torch.bfloat16, device=device)
+        self._priority, self._generator = torch.zeros(0), torch.Generator().manual_seed(in_features)
+
+    @staticmethod
+    def cost(in_features: int, moment: str) -> int:
+        """`nbytes` of an accumulator to be."""
+        return moment_bytes(in_features, moment) + in_features * (4 * (2 + len(NOISY)) + 2 * SAMPLE)
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def skipped(self) -> int:
+        return self._skipped
 
     @property
     def nbytes(self) -> int:
         """Held for as long as the site is recorded."""
-        return sum(t.nbytes for t in (self._sum, self._amax, self._second, *self._noise.values()))
+        sums = (self._sum, self._amax, self._second, *self._noise.values())
+        return sum(t.nbytes for t in sums) + SAMPLE * self.in_features * self._sample.itemsize
 
+    @full_precision()
     def add(self, x: Tensor, weight: float = 1.0) -> None:
         """One call's inputs [tokens, in]. Tokens that are not finite are left out and counted."""
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"inputs are {list(x.shape)}, expected [tokens, {self.in_features}]")
         x = x.detach().float()
-        finite = torch.isfinite(x).all(1)
+        finite = torch.isfinite(x.square().sum(1))  # what overflows here would in the moment too
         if not finite.all():
             self._skipped += int((~finite).sum())
             x = x[finite]
         if not len(x):
             return
         device = self._sum.device
-        with full_precision():
-            self._second += (weight * gram(x, self._second.ndim)).to(device)
+        self._second += (weight * gram(x, self._second.ndim)).to(device)
         self._sum += (weight * x.sum(0)).to(device)
         self._amax = torch.maximum(self._amax, x.abs().amax(0).to(device))
         for format in NOISY:
             rounding = format.decode(format.encode(x)).sub_(x)
             self._noise[format.name] += (weight * rounding.square_().sum(0)).to(device)
+        self._keep_some(x * math.sqrt(weight))
         self._tokens += len(x)
         self._weight += weight * len(x)
+
+    def _keep_some(self, x: Tensor) -> None:
+        """Every token gets a random priority, the highest stay: a uniform sample of all calls."""
+        priority = torch.cat((self._priority, torch.rand(len(x), generator=self._generator)))
+        kept = priority.topk(min(SAMPLE, len(priority))).indices.sort().values
+        fresh = kept[kept >= len(self._sample)] - len(self._sample)
+        old = kept[kept < len(self._sample)]
+        fresh = x[fresh.to(x.device)].to(self._sample.device, torch.bfloat16)
+        self._sample = torch.cat((self._sample[old.to(self._sample.device)], fresh))
+        self._priority = priority[kept]
+
+    def narrow(self, moment: str) -> None:
+        """Keeps only the blocks, or the diagonal, of what was collected and of what follows."""
+        kept = Moment(self._second, self.in_features)
+        if moment == "diagonal":
+            self._second = kept.diagonal_only().matrix
+        elif moment == "block":
+            self._second = kept.blocks_only().matrix
 
     def statistics(self) -> Statistics | None:
         """What was collected; None if no token was."""
@@ -101,7 +150,8 @@ class Accumulator:
             second = (second + second.mT) / 2
         noise = {name: value / self._weight for name, value in self._noise.items()}
         mean = self._sum / self._weight
-        return Statistics(self._tokens, mean, self._amax.clone(), second, noise, self._skipped)
+        sample = (self._sample.float() * math.sqrt(self._tokens / self._weight)).bfloat16()
+        return Statistics(self._tokens, mean, self._amax.clone(), second, noise, sample, self._skipped)
 
 
 @dataclass
@@ -126,7 +176,7 @@ class Calibration:
             statistics = self.sites[site]
             seen.update(f"{site}:{statistics.tokens}".encode())
             noise = [value for _, value in sorted(statistics.noise.items())]
-            for tensor in (statistics.mean, statistics.amax, statistics.second, *noise):
+            for tensor in (statistics.mean, statistics.amax, statistics.second, statistics.sample.float(), *noise):
                 seen.update(tensor.cpu().contiguous().numpy())
         return seen.hexdigest()
 
@@ -153,18 +203,6 @@ def gram(x: Tensor, ndim: int) -> Tensor:
         return x.T @ x
     tiles = F.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).transpose(0, 1)
     return torch.bmm(tiles.mT, tiles)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 products in fp32: neither TF32 nor an autocast of whoever samples."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def fingerprint(source: Source) -> str:

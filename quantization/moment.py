@@ -56,6 +56,16 @@ class Moment:
         pieces = rows.split(max(1, ROWS // self.in_features))
         return max(0.0, math.fsum((self.times(piece) * piece).sum().item() for piece in pieces))
 
+    def centred(self, mean: Tensor) -> Moment:
+        """The moment of x - mean [in]."""
+        if self.matrix.ndim == 1:
+            return Moment((self.matrix - mean.square()).clamp(min=0), self.in_features)
+        if self.matrix.ndim == 2:
+            return Moment(self.matrix - torch.outer(mean, mean), self.in_features)
+        count, block, _ = self.matrix.shape
+        tiles = F.pad(mean, (0, count * block - self.in_features)).view(count, block)
+        return Moment(self.matrix - tiles.unsqueeze(1) * tiles.unsqueeze(2), self.in_features)
+
     def scaled(self, factor: Tensor) -> Moment:
         """The moment of x * factor [in]."""
         if self.matrix.ndim == 1:
@@ -87,28 +97,28 @@ class Moment:
         tiles = [padded[i, :, i * BLOCK : (i + 1) * BLOCK] for i in range(count)]
         return Moment(torch.stack(tiles), self.in_features)
 
-    def conditioned(self, shrinkage: float, damping: float) -> Moment:
-        """(1 - shrinkage) R + shrinkage diag(R) + damping * mean(diag R) I: regular, and honest about few tokens."""
-        diagonal = self.diagonal()
-        added = shrinkage * diagonal + damping * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    def shrunk(self, share: float) -> Moment:
+        """(1 - share) R + share diag(R): what few tokens say of pairs of columns counts less."""
         if self.matrix.ndim == 1:
-            return Moment((1 - shrinkage) * self.matrix + added, self.in_features)
-        matrix = self.matrix * (1 - shrinkage)
-        if self.matrix.ndim == 2:
-            matrix.diagonal().add_(added)
-            return Moment(matrix, self.in_features)
-        count, block, _ = self.matrix.shape
-        padding = count * block - self.in_features  # padded columns have no input: any positive number keeps them apart
-        tiles = F.pad(added, (0, padding), value=float(diagonal.mean().clamp(min=1e-30))).view(count, block)
-        matrix.diagonal(dim1=1, dim2=2).add_(tiles)
+            return self
+        matrix = self.matrix * (1 - share)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(share * self.matrix.diagonal(dim1=-2, dim2=-1))
         return Moment(matrix, self.in_features)
+
+    def tiles(self) -> Tensor:
+        """R as square tiles on the diagonal [t, c, c], c a multiple of 32; columns beyond in_features have 1 alone."""
+        matrix = self._joined(BLOCK).matrix if self.matrix.ndim == 1 else self.matrix
+        if matrix.ndim == 2:
+            matrix = F.pad(matrix, (0, -self.in_features % 32) * 2).unsqueeze(0)
+        unused = torch.arange(matrix.shape[0] * matrix.shape[1], device=matrix.device) >= self.in_features
+        return matrix + torch.diag_embed(unused.view(matrix.shape[:2]).float())
 
     def _joined(self, group: int) -> Moment:
         """Blocks at least `group` wide that a group divides; what joins two old blocks is taken as zero."""
         if self.matrix.ndim == 1:
             count = -(-self.in_features // group)
-            return Moment(torch.diag_embed(F.pad(self.matrix, (0, count * group - self.in_features)).view(count, group)),
-                          self.in_features)  # fmt: skip
+            tiles = F.pad(self.matrix, (0, count * group - self.in_features)).view(count, group)
+            return Moment(torch.diag_embed(tiles), self.in_features)
         count, block, _ = self.matrix.shape
         if block >= group:
             return self

@@ -1,43 +1,209 @@
-"""One layer through scales, rounding and low rank."""
+"""One layer through smoothing, scales, rounding and low rank."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..formats import NVFP4, Entries, Format, Plain, Quantized, require_finite
-from . import lowrank, scales
+from ..kernels import reference as ref
+from . import activations, gptq, lowrank, scales, smoothing
+from .calibration import Statistics
 from .lowrank import LowRank
 from .metrics import norm, relative_error
+from .moment import BLOCK, Moment
+
+CORRECTION, ABSORB = MODES = ("correction", "absorb")
+BEST, SWEEP, NEAREST = ROUNDINGS = ("best", "sweep", "nearest")
+
+MAX_SHRINKAGE = 0.5
+ABSORBED_NOISE = 0.08**2  # relative squared error of a 4-bit weight, which counts beside that of its input
+INPUT_HEADROOM = 2.0  # over the largest calibrated input; block scales of E4M3 lose nothing to it
+TRIAL_ROWS = 512  # of a weight, to choose its smoothing on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How layers are quantized. `mode` correction: good at strength 0, best at 1. absorb: the branch is part of it."""
+
+    rank: int = 32
+    mode: str = CORRECTION
+    rounding: str = BEST  # error feedback where there are statistics, else swept scales; "nearest": amax scales
+    smoothing: bool = True  # where measured better
+    bias: bool = True
+    input_scale: bool = True
+
+    def __post_init__(self):
+        for name, known in (("mode", MODES), ("rounding", ROUNDINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(known)}")
+        if self.rank < 0:
+            raise ValueError(f"rank {self.rank}: must be 0 (no correction) or more")
+        if self.mode == ABSORB and not self.rank:
+            raise ValueError("mode absorb at rank 0: nothing could be absorbed; give a rank, 32 for instance")
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer's checkpoint entries, its correction, and the relative weight errors without and with it."""
+    """A layer's checkpoint entries, its branch, and its relative errors without and with it.
+
+    `error`: of the weight, Frobenius. `output_error`: of the output for the calibrated inputs; None without statistics.
+    """
 
     entries: Entries
     branch: LowRank | None
     error: float
     corrected_error: float | None
+    output_error: float | None = None
+    corrected_output_error: float | None = None
+    notes: tuple[str, ...] = ()
 
 
-def quantize(format: Format, weight: Tensor, rank: int, seed: int, sweep: bool = True) -> QuantizedLayer:
-    """A weight [out, in] (fp32) in a format settled for its shape, and the rank-r correction of what that lost.
+def quantize(
+    format: Format,
+    weight: Tensor,
+    settings: Settings,
+    seed: int,
+    statistics: Statistics | None = None,
+    bias: Tensor | None = None,
+) -> QuantizedLayer:
+    """A weight [out, in] (fp32) in a format settled for its shape, and the low-rank branch for what that loses.
 
-    Data-free. Raises ValueError if the weight is not finite or the format cannot hold its range.
+    With `statistics` of its input the output error is minimised, without them the weight error. Entries hold, besides
+    the format's own, `pre_quant_scale` [in], `input_scale` [] and a new `bias` [out] where these were chosen, in fp32.
+    Same arguments, same bytes. Raises ValueError if the weight is not finite, the format cannot hold its range, or the
+    statistics are those of a layer of another width.
     """
     require_finite(weight)
-    quantized = encode(format, weight, sweep)
-    residual = format.decode(quantized).sub_(weight).neg_()
-    length = norm(weight)
-    error = norm(residual) / length if length else 0.0
-    if isinstance(format, Plain) or not rank:
-        return QuantizedLayer(format.pack(quantized), None, error, None)
-    branch = lowrank.fit(residual, rank, seed).half()
-    corrected = norm(branch.add_to(residual, -1)) / length if length else 0.0
-    return QuantizedLayer(format.pack(quantized), branch, error, corrected)
+    notes: list[str] = []
+    if statistics is not None and statistics.in_features != weight.shape[1]:
+        raise ValueError(f"in_features {weight.shape[1]}, its statistics have {statistics.in_features}; "
+                         "they belong to another model")  # fmt: skip
+    if isinstance(format, Plain):
+        quantized = format.encode(weight)
+        return QuantizedLayer(format.pack(quantized), None, relative_error(format.decode(quantized), weight), None)
+    if settings.rounding != BEST:
+        statistics = None
+    statistics = statistics.to(weight.device) if statistics is not None else None
+    centred = bias is not None and settings.bias
+    moment = _moment(statistics, centred, notes) if statistics is not None else None
+    smooth = _choose_smoothing(format, weight, settings, statistics, moment, seed, notes)
+    stored, branch = _encode(format, weight, settings, statistics, moment, smooth, seed, notes)
+    return _finished(format, weight, settings, statistics, moment, smooth, stored, branch, bias, seed, notes)
+
+
+def _encode(format, weight, settings, statistics, moment, smooth, seed, notes) -> tuple[Quantized, LowRank | None]:
+    """Codes of W s, and in absorb mode the branch that was taken out of W before."""
+    target = weight if smooth is None else weight * smooth
+    metric = moment if moment is None or smooth is None else moment.scaled(1 / smooth)
+    branch = None
+    if settings.mode == ABSORB:
+        branch = _absorbed(format, target, settings, statistics, metric, smooth, seed).half()
+        target = branch.add_to(target.clone(), -1)
+    quantized = _round(format, target, settings, metric, notes)
+    if branch is not None and smooth is not None:
+        branch = LowRank(branch.up, branch.down.float() / smooth)  # it sees the input as it comes
+    return quantized, branch
+
+
+def _absorbed(format, target, settings, statistics, metric, smooth, seed) -> LowRank:
+    """The part of W s that is best computed exactly: where the input is rounded most coarsely, weighed by its noise."""
+    if statistics is None:
+        return lowrank.fit(target, settings.rank, seed)
+    x = statistics.sample.float()
+    x = x if smooth is None else x / smooth
+    noise = (activations.rounded(format, x) - x).square().mean(0)
+    return lowrank.fit(target, settings.rank, seed, Moment(noise + ABSORBED_NOISE * metric.diagonal(), len(noise)))
+
+
+def _round(format: Format, weight: Tensor, settings: Settings, metric: Moment | None, notes: list[str]) -> Quantized:
+    if metric is not None:
+        try:
+            return gptq.quantize(format, weight, metric, notes)
+        except gptq.Singular as problem:
+            notes.append(f"{problem}; rounded with swept scales, without error feedback")
+    return encode(format, weight, settings.rounding != NEAREST)
+
+
+def _finished(format, weight, settings, statistics, moment, smooth, quantized, branch, bias, seed, notes):
+    """Low rank, bias and scales for codes that stand, and how far they are from the weight."""
+    stored = format.decode(quantized)
+    error = weight - (stored if smooth is None else stored.div_(smooth))
+    del stored
+    length, power = norm(weight), moment.energy(weight) if moment is not None else 0.0
+    plain = _errors(error, moment, length, power)
+    corrected: tuple[float | None, float | None] = (None, None)
+    entries = dict(format.pack(quantized))
+    if branch is not None:
+        branch = branch.half()
+        corrected = _errors(branch.add_to(error, -1), moment, length, power)
+    if statistics is not None and bias is not None and settings.bias:
+        entries["bias"] = bias.float() + error @ statistics.mean
+    if branch is None and settings.rank:
+        branch = lowrank.fit(error, settings.rank, seed, moment).half()
+        if "bias" in entries:
+            branch = dataclasses.replace(branch, bias=-(branch.up.float() @ (branch.down.float() @ statistics.mean)))
+        corrected = _errors(branch.add_to(error, -1), moment, length, power)
+    if smooth is not None:
+        entries["pre_quant_scale"] = 1 / smooth
+    if statistics is not None and settings.input_scale and isinstance(format, NVFP4):
+        entries["input_scale"] = _input_scale(statistics.amax if smooth is None else statistics.amax / smooth)
+    return QuantizedLayer(entries, branch, plain[0], corrected[0], plain[1], corrected[1], tuple(notes))
+
+
+def _errors(error: Tensor, moment: Moment | None, length: float, power: float) -> tuple[float, float | None]:
+    """Relative error of the weight, and of the output if its input is known."""
+    of_weight = norm(error) / length if length else 0.0
+    if moment is None:
+        return of_weight, None
+    return of_weight, math.sqrt(moment.energy(error) / power) if power else 0.0
+
+
+def _moment(statistics: Statistics, centred: bool, notes: list[str]) -> Moment | None:
+    """R for rounding and fitting: as much of it as the tokens carry, shrunk towards its diagonal."""
+    moment, tokens = statistics.moment(), statistics.tokens
+    if not torch.isfinite(moment.matrix).all():
+        notes.append("its second moment is not finite; rounded without statistics")
+        return None
+    if centred:  # the bias makes up for the mean
+        moment = moment.centred(statistics.mean)
+    if moment.kind == "full" and tokens < moment.in_features:
+        notes.append(f"{tokens} tokens for {moment.in_features} channels: blocks of {BLOCK} instead of the full moment")
+        moment = moment.blocks_only()
+    if moment.kind == "block" and tokens < BLOCK:
+        notes.append(f"{tokens} tokens: only the power of each channel is used")
+        moment = moment.diagonal_only()
+    return moment.shrunk(min(MAX_SHRINKAGE, moment.block / max(tokens, 1)))
+
+
+def _choose_smoothing(format, weight, settings, statistics, moment, seed, notes) -> Tensor | None:
+    """The smoothing that lowers the error of the running layer by MIN_GAIN or more, tried on some rows; else None."""
+    if not (settings.smoothing and isinstance(format, NVFP4) and moment is not None and statistics.amax.max() > 0):
+        return None
+    rows = weight[:: -(-weight.shape[0] // TRIAL_ROWS)]
+    x = statistics.sample.float()
+    trials = [None, *(smoothing.factors(weight, statistics.amax, exponent) for exponent in smoothing.EXPONENTS)]
+    errors = []
+    for smooth in trials:
+        quantized, branch = _encode(format, rows, settings, statistics, moment, smooth, seed, [])
+        stored = format.decode(quantized)
+        if branch is None and settings.rank:
+            error = rows - (stored if smooth is None else stored / smooth)
+            branch = lowrank.fit(error, settings.rank * len(rows) // len(weight), seed, moment)
+        truth = rows - (branch.weight() if branch is not None else 0)
+        errors.append(activations.output_error(format, truth, stored, x, smooth))
+    best = min(range(len(trials)), key=errors.__getitem__)
+    return trials[best] if errors[best] < (1 - smoothing.MIN_GAIN) * errors[0] else None
+
+
+def _input_scale(amax: Tensor) -> Tensor:
+    """NVFP4's static tensor scale [] for inputs up to amax [in], with headroom: no pass over the input to find it."""
+    return (INPUT_HEADROOM * amax.max() / (ref.E4M3_MAX * ref.E2M1_MAX)).clamp(min=1e-30).float()
 
 
 def encode(format: Format, weight: Tensor, sweep: bool = True) -> Quantized:
