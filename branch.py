@@ -1,7 +1,8 @@
 """Low-rank branches beside the layers of a model: exact, unmerged, at any strength.
 
 The weights live in a module of their own, so that the host counts, offloads and clones them; forward hooks add
-strength * up(down(x)) to a layer's output; strength is a 0-d tensor that belongs to one attachment, not to the weights.
+strength * (up(down(x)) + bias) to a layer's output; strength is a 0-d tensor that belongs to one attachment, not to the
+weights.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ log = logging.getLogger("tessera")
 
 Rows = tuple[int, int] | None
 Targets = Mapping[str, tuple[str, Rows]]
+FUSED = "TensorWiseINT8Layout"  # the host's `linear_input_act` multiplies these without calling the layer
 HOOKS = "_tessera_hooks"  # on the model: attachment key -> (weak patcher, hook handles)
 
 
 class Branch(nn.Module):
-    """up(down(x)) for one layer, or for `rows` (start, length) of its output."""
+    """up(down(x)) + bias for one layer, or for `rows` (start, length) of its output."""
 
     def __init__(self, pair: LowRank, rows: Rows, linear: type[nn.Module]):
         super().__init__()
         self.down = _linear(linear, pair.down)
-        self.up = _linear(linear, pair.up)
+        self.up = _linear(linear, pair.up, pair.bias)
         self.rows = rows
         self.fired = 0
 
@@ -38,7 +40,9 @@ class Branch(nn.Module):
         if self.fired < 2:  # enough to tell; a number that keeps changing would make torch.compile start over
             self.fired += 1
         # strength meets the r-wide middle, where it costs least; on any device without a copy, as it is 0-d
-        delta = self.up(self.down(x) * strength).to(output.dtype)
+        biased = self.up.bias is not None  # and is to be scaled too
+        delta = self.up(self.down(x)) * strength if biased else self.up(self.down(x) * strength)
+        delta = delta.to(output.dtype)
         if self.rows is None:
             return output + delta
         start, length = self.rows
@@ -62,6 +66,7 @@ class SideBranch:
 
     key: str
     strength: float
+    absorbed: bool = False  # the branch is part of the weights: without it the layer is wrong, not less exact
     _tensor: Tensor = field(init=False)
     _warned: bool = field(init=False, default=False)
 
@@ -101,10 +106,27 @@ class SideBranch:
         branches: Branches = patcher.get_additional_models_with_key(self.key)[0].model
         silent = [name for name, item in zip(branches.layers, branches.items, strict=True) if not item.fired]
         # twice: a run that was cancelled inside its first step has silent layers too
-        if silent and not self._warned and max(item.fired for item in branches.items) > 1:
-            self._warned = True
-            log.warning("Tessera: %d of %d corrected layers ran past their correction (first: %s)",
+        if not silent or self._warned or max(item.fired for item in branches.items) < 2:
+            return
+        self._warned = True
+        fused = [name for name in silent if _may_be_fused(patcher.model.get_submodule(name))]
+        if self.absorbed and fused:
+            log.error("Tessera: %d of %d layers ran past their absorbed branch, or not at all (first: %s). In ComfyUI "
+                      "0.30 and later some models run int8 layers by a fused kernel that no branch can join, and "
+                      "WITHOUT THEIR BRANCH THEY ARE WRONG: do not trust this picture. Quantize these layers again in "
+                      "nvfp4 or mxfp8, or the model in correction mode",
+                      len(fused), len(branches.layers), fused[0])  # fmt: skip
+        elif not self.absorbed:
+            log.warning("Tessera: %d of %d layers ran past their branch, or not at all (first: %s): they are not "
+                        "corrected", len(silent), len(branches.layers), silent[0])  # fmt: skip
+        else:
+            log.warning("Tessera: %d of %d absorbed branches were not used (first: %s): their layers did not run; if "
+                        "another extension runs them in its own way, the picture is wrong, remove that extension",
                         len(silent), len(branches.layers), silent[0])  # fmt: skip
+
+
+def _may_be_fused(module: nn.Module) -> bool:
+    return getattr(module, "layout_type", None) == FUSED
 
 
 def match(file: str, pairs: Mapping[str, LowRank], targets: Targets, model: nn.Module):
@@ -143,7 +165,9 @@ def _check_fit(file: str, base: str, pair: LowRank, module: nn.Module, rows: Row
         )
 
 
-def _linear(cls: type[nn.Module], weight: Tensor) -> nn.Module:
-    layer = cls(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def _linear(cls: type[nn.Module], weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    layer = cls(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .formats import TensorSpec
-from .quantization.calibration import MOMENTS, Calibration, Statistics
+from .quantization.calibration import MOMENTS, Calibration, Outline, Statistics, moment_shape
 from .quantization.report import size
 from .writer import Writer
 
@@ -25,16 +26,14 @@ def write(calibration: Calibration, path: Path, overwrite: bool = False) -> None
     """Saves a calibration, atomically. Raises ValueError if the file exists or there is nothing to save."""
     if not calibration.sites:
         raise ValueError(f"{path}: nothing was recorded yet; run the sampler before saving")
+    outlines = {site: _outline(calibration.sites, site) for site in calibration.sites}
     said = {
         "version": VERSION, "model": calibration.model, "runs": calibration.runs, "layers": calibration.layers,
-        "sites": {name: {"tokens": s.tokens, "skipped": s.skipped} for name, s in calibration.sites.items()},
+        "sites": {site: {"tokens": o.tokens, "skipped": o.skipped} for site, o in outlines.items()},
         "notes": calibration.notes,
     }  # fmt: skip
     text = json.dumps(said)
-    specs = {}
-    for site in calibration.sites:
-        for key, tensor in _tensors(site, calibration.sites[site]).items():
-            specs[key] = TensorSpec(tensor.dtype, tuple(tensor.shape))
+    specs = {key: spec for site, outline in outlines.items() for key, spec in _specs(site, outline).items()}
     with Writer(Path(path), specs, 2 * len(text) + SPARE, overwrite) as writer:
         for site in calibration.sites:
             for key, tensor in _tensors(site, calibration.sites[site]).items():
@@ -75,13 +74,15 @@ def inspect(path: Path) -> dict:
     """What a calibration file says of itself, from its header alone: JSON-ready, `text` in lines of words."""
     calibration = read(path)
     sites: _Sites = calibration.sites
-    rows = [sites.describe(site) for site in sites]
-    kinds = {kind: sum(row["moment"] == kind for row in rows) for kind in MOMENTS}
-    tokens = [row["tokens"] for row in rows]
+    outlines = {site: sites.outline(site) for site in sites}
+    kinds = {site: {1: "diagonal", 2: "full", 3: "block"}[len(o.second)] for site, o in outlines.items()}
+    rows = [{"site": site, "in_features": o.in_features, "moment": kinds[site], "tokens": o.tokens,
+             "skipped": o.skipped} for site, o in outlines.items()]  # fmt: skip
+    tokens = [o.tokens for o in outlines.values()]
     text = [
         f"{Path(path).name}: {size(Path(path).stat().st_size)}, {calibration.runs} model calls, "
         f"{len(calibration.layers)} layers, {len(rows)} inputs of {min(tokens)} to {max(tokens)} tokens",
-        "second moments: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count),
+        "second moments: " + ", ".join(f"{n} {kind}" for kind, n in Counter(kinds.values()).items()),
         f"recorded on the model {calibration.model[:16]}",
         *calibration.notes,
     ]
@@ -98,37 +99,51 @@ class _Sites(Mapping):
 
     def check(self) -> None:
         for site in self._counts:
-            specs = {part: self._file.tensors.get(f"{site}.{part}") for part in PARTS}
-            wrong = [part for part, spec in specs.items() if spec is None or spec.dtype != PARTS[part]]
-            if wrong:
-                raise ValueError(f"{self._file.name}: {site}: {wrong[0]} is {specs[wrong[0]]}, expected "
-                                 f"{PARTS[wrong[0]]}; record it again")  # fmt: skip
-            width = specs["mean"].numel
-            blocks = -(-width // 128)
-            shapes = ((width, width), (width,), (blocks, 128, 128))
-            sample = specs["sample"].shape
-            if specs["amax"].numel != width or specs["second"].shape not in shapes or sample[1:] != (width,):
-                raise ValueError(f"{self._file.name}: {site}: second is {specs['second']}, sample {list(sample)}, its "
-                                 f"mean has {width} numbers; record it again")  # fmt: skip
+            missing = [part for part in PARTS if f"{site}.{part}" not in self._file.tensors]
+            if missing:
+                raise ValueError(f"{self._file.name}: {site}: {missing[0]} is missing; record it again")
+            outline = self.outline(site)
+            shapes = {moment_shape(outline.in_features, moment) for moment in MOMENTS}
+            for key, spec in _specs(site, outline).items():
+                found = self._file.tensors[key]
+                if found != spec or (key == f"{site}.second" and found.shape not in shapes):
+                    raise ValueError(f"{self._file.name}: {key}: is {found}, which does not fit a mean of "
+                                     f"{outline.in_features} numbers; record it again")  # fmt: skip
 
-    def describe(self, site: str) -> dict:
-        tokens, skipped = self._counts[site]
-        in_features = self._file.tensors[f"{site}.mean"].numel
-        kind = {1: "diagonal", 2: "full", 3: "block"}[len(self._file.tensors[f"{site}.second"].shape)]
-        return {"site": site, "in_features": in_features, "moment": kind, "tokens": tokens, "skipped": skipped}
+    def outline(self, site: str) -> Outline:
+        second, sample = (self._file.tensors[f"{site}.{part}"].shape for part in ("second", "sample"))
+        prefix = f"{site}.noise."
+        noise = tuple(key.removeprefix(prefix) for key in self._file.tensors if key.startswith(prefix))
+        return Outline(*self._counts[site], self._file.tensors[f"{site}.mean"].numel, second, sample[0], noise)
 
     def __getitem__(self, site: str) -> Statistics:
-        tokens, skipped = self._counts[site]
-        prefix = f"{site}.noise."
-        noise = {k.removeprefix(prefix): self._file.read(k) for k in self._file.tensors if k.startswith(prefix)}
-        mean, amax, second, sample = (self._file.read(f"{site}.{part}") for part in PARTS)
-        return Statistics(tokens, mean, amax, second, noise, sample, skipped)
+        """Raises ValueError if what was damaged since is not a number any more."""
+        outline = self.outline(site)
+        parts = {key: self._file.read(key) for key in _specs(site, outline)}
+        for key, tensor in parts.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{self._file.name}: {key}: holds NaN or infinity, the file is damaged; record again")
+        noise = {name: parts[f"{site}.noise.{name}"] for name in outline.noise}
+        mean, amax, second, sample = (parts[f"{site}.{part}"] for part in PARTS)
+        return Statistics(outline.tokens, mean, amax, second, noise, sample, outline.skipped)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._counts)
 
     def __len__(self) -> int:
         return len(self._counts)
+
+
+def _outline(sites: Mapping[str, Statistics], site: str) -> Outline:
+    """Without computing or reading the statistics, where the sites can tell."""
+    return sites.outline(site) if hasattr(sites, "outline") else sites[site].outline()
+
+
+def _specs(site: str, outline: Outline) -> dict[str, TensorSpec]:
+    width = (outline.in_features,)
+    shapes = {"mean": width, "amax": width, "second": outline.second, "sample": (outline.sample, *width)}
+    noise = {f"{site}.noise.{name}": TensorSpec(torch.float32, width) for name in outline.noise}
+    return {f"{site}.{part}": TensorSpec(dtype, shapes[part]) for part, dtype in PARTS.items()} | noise
 
 
 def _tensors(site: str, statistics: Statistics) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import formats
 from .formats import Format, TensorSpec, marker
 from .markers import infer, merge_markers
+from .quantization.lowrank import LowRank
 
 MAX_HEADER = 100_000_000  # safetensors' own limit, bytes
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -24,6 +25,9 @@ DAMAGED = "file damaged or marker stale, make it again from the original"
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embeddings|wte)$")
 DETECTION = re.compile(r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$")  # hosts know a model by their shapes
 PROVENANCE, LAYER_ERRORS = "tessera", "tessera_layers"
+ABSORB = "absorb"  # the mode whose low-rank branches are part of the model
+BRANCH = ("absorb_up", "absorb_down")  # F16 [out, r], [r, in] beside a layer's other entries
+BRANCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -43,6 +47,16 @@ class Layer:
     record: dict  # its comfy_quant record, unknown keys kept
     sources: dict[str, str]  # entry suffix -> tensor key in the file
     zero: bool = False  # an all-zero weight with scales of odd shape, 0 or NaN: its entries are made anew
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether a low-rank branch is part of the layer: its codes alone are not the weight."""
+        return BRANCH[0] in self.sources
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether the input is multiplied by a `pre_quant_scale`, which the codes were divided by."""
+        return "pre_quant_scale" in self.sources
 
     def error(self, path: Path, problem: object) -> ValueError:
         return ValueError(f"{path.name}: {self.key}: {problem}")
@@ -70,6 +84,7 @@ class Checkpoint:
         self.metadata, self.tensors, self._offsets = read_header(self.path)
         self.prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in self.tensors)), "")
         self.layers = {key.removeprefix(self.prefix): layer for key, layer in self._find_layers().items()}
+        self._refuse_lost_branches()
 
     @property
     def nbytes(self) -> int:
@@ -111,10 +126,11 @@ class Checkpoint:
         stored = {suffix: self.read(key) for suffix, key in layer.sources.items()}
         return stored | self._checked(layer, stored)
 
-    def weight(self, name: str, shape: tuple[int, int] | None = None) -> Tensor:
+    def weight(self, name: str, shape: tuple[int, int] | None = None, absorbed: bool = True) -> Tensor:
         """fp32 weight [out, in] of a module path without prefix, decoded if it is quantized.
 
-        `shape` is the logical one where the caller knows it and the file may not: padding is then cut off.
+        `shape` is the logical one where the caller knows it and the file may not: padding is then cut off. Without
+        `absorbed` the layer's own branch is left out: what the codes alone are worth.
         """
         layer = self.layers.get(name)
         if layer is None:
@@ -126,7 +142,13 @@ class Checkpoint:
             raise layer.error(self.path, f"{problem}; it is the layer of another model") from None
         weight = layer.format.decode(quantized)
         smoothing = entries.get("pre_quant_scale")  # the input is multiplied by it, so the weight was divided
-        return weight if smoothing is None else weight * smoothing.float()
+        weight = weight if smoothing is None else weight * smoothing.float()
+        return LowRank(*(entries[part] for part in BRANCH)).add_to(weight) if absorbed and layer.absorbs else weight
+
+    def branch(self, name: str) -> LowRank | None:
+        """The low-rank branch that is part of a layer (absorb mode); None if it has none."""
+        layer = self.layers.get(name)
+        return LowRank(*(self.read(layer.sources[part]) for part in BRANCH)) if layer and layer.absorbs else None
 
     def records(self) -> dict[str, dict]:
         """The `comfy_quant` record of every quantized layer by its key in the file, `params` flattened."""
@@ -134,11 +156,15 @@ class Checkpoint:
         return self.opaque | {k: {n: v for n, v in record.items() if n != "params"} for k, record in layers.items()}
 
     def repair(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The file's tensors (same keys) as every host can load them: canonical entries and one marker per layer."""
+        """The file's tensors (same keys) as every host can load them: canonical entries and one marker per layer.
+
+        Branches are taken out: no host knows them.
+        """
         for layer in self.layers.values():
             stored = {suffix: state_dict.pop(key) for suffix, key in layer.sources.items()}
             for suffix, tensor in (stored | self._checked(layer, stored)).items():
-                state_dict[f"{layer.key}.{suffix}"] = tensor
+                if suffix not in BRANCH:
+                    state_dict[f"{layer.key}.{suffix}"] = tensor
         for key, record in self.records().items():
             state_dict[f"{key}.comfy_quant"] = marker(record)
         state_dict.pop(f"{self.prefix}scaled_fp8", None)
@@ -167,11 +193,16 @@ class Checkpoint:
         if dropped is not None:
             raise ValueError(f"{self.path.name}: {dropped}: asymmetric W4A8 weights are dropped by ComfyUI on load; "
                              "re-quantize symmetric")  # fmt: skip
-        return {key: self._layer(key, record) for key, record in records.items() if key not in self.opaque}
+        layers = {key: self._layer(key, record) for key, record in records.items() if key not in self.opaque}
+        ours = {source for layer in layers.values() for source in layer.sources.values()}
+        stray = next((key for key in self.tensors if key.rpartition(".")[2] in BRANCH and key not in ours), None)
+        if stray is not None:
+            raise ValueError(f"{self.path.name}: {stray}: a branch of a layer that is not quantized here; {DAMAGED}")
+        return layers
 
     def _layer(self, key: str, record: dict) -> Layer:
         legacy = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-        names = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", *legacy)
+        names = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", *BRANCH, *legacy)
         sources = {legacy.get(n, n): f"{key}.{n}" for n in names if f"{key}.{n}" in self.tensors}
         specs = {suffix: self.tensors[source] for suffix, source in sources.items()}
         try:
@@ -180,6 +211,7 @@ class Checkpoint:
             shape = logical_shape(format, record, specs)
             format.for_shape(*shape)
             zero = self._odd_zero(format, sources, shape)
+            _check_branch(specs, shape)
         except ValueError as problem:
             raise ValueError(f"{self.path.name}: {key}: {problem}") from None
         if zero:
@@ -187,6 +219,26 @@ class Checkpoint:
         if isinstance(format, formats.INT8) and format.convrot and not format.per_row:
             self.repairs.append(f"{key}: rotated, but with one scale for all rows: legal, less exact than row scales")
         return Layer(key, format, shape, record, sources, zero)
+
+    def _refuse_lost_branches(self) -> None:
+        """Raises ValueError if the file says that it is in absorb mode, but a layer has lost its branch."""
+        if self._said(PROVENANCE).get("mode") != ABSORB:
+            return
+        errors = self._said(LAYER_ERRORS)  # a second number counts the layer's branch
+        listed = [name for name, row in errors.items() if isinstance(row, list) and len(row) > 1 and row[1] is not None]
+        for name in listed if errors else self.layers:
+            if name not in self.layers or not self.layers[name].absorbs:
+                raise ValueError(f"{self.path.name}: {name}: absorb_up and absorb_down are missing, but the file is "
+                                 "marked absorb: without its branch the layer is wrong; another tool has rewritten "
+                                 "the file, make it again from the original")  # fmt: skip
+
+    def _said(self, key: str) -> dict:
+        """A JSON object of the metadata; empty if there is none."""
+        try:
+            said = json.loads(self.metadata.get(key, "{}"))
+        except (ValueError, RecursionError):
+            return {}  # other tools' files may use the key for something else
+        return said if isinstance(said, dict) else {}
 
     def _odd_zero(self, format: Format, sources: Mapping[str, str], shape: tuple[int, int]) -> bool:
         """Whether a weight is all zero, for which convert_to_quant writes scales that no host reads (format.md 6).
@@ -218,6 +270,24 @@ def logical_shape(format: Format, record: dict, specs: Mapping[str, TensorSpec])
         if format.storage(*said)["weight"].shape == (rows, columns):
             return said
     return stored
+
+
+def _check_branch(specs: Mapping[str, TensorSpec], shape: tuple[int, int]) -> None:
+    """Raises ValueError if a layer has half a branch, or one that does not fit its [out, in]."""
+    found = {part: specs[part] for part in BRANCH if part in specs}
+    if not found:
+        return
+    missing = [part for part in BRANCH if part not in found]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing, half a branch is none; {DAMAGED}")
+    up, down = found.values()
+    rank = up.shape[-1] if up.shape else 0
+    if rank == 0 or up.shape != (shape[0], rank) or down.shape != (rank, shape[1]):
+        raise ValueError(f"absorb_up is {up} and absorb_down is {down}, a layer of {list(shape)} needs "
+                         f"[{shape[0]}, r] and [r, {shape[1]}]; {DAMAGED}")  # fmt: skip
+    if up.dtype not in BRANCH_DTYPES or down.dtype not in BRANCH_DTYPES:
+        raise ValueError(f"absorb_up is {up} and absorb_down is {down}, they must be float16, bfloat16 or float32; "
+                         f"{DAMAGED}")  # fmt: skip
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorSpec], dict[str, int]]:

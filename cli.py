@@ -8,11 +8,18 @@ import math
 import sys
 from pathlib import Path
 
-from . import job, lora
-from .checkpoint import LAYER_ERRORS, PROVENANCE, Checkpoint
+import torch
+
+from . import calibration_file, job, lora, planning, saved_inputs
+from .checkpoint import ABSORB, LAYER_ERRORS, PROVENANCE, Checkpoint
 from .quantization import pipeline, recipe
+from .quantization.calibration import MOMENTS
+from .quantization.pipeline import Settings
+from .quantization.recorder import AUTO, RecordOptions
 from .quantization.report import size
+from .survey import FORMATS, RANKS, ROWS, Menu, Survey, survey
 from .version import VERSION
+from .writer import check_target
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,20 +38,56 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quantize(arguments) -> dict:
-    chosen = _recipe(arguments)
     source = Checkpoint(Path(arguments.source))
+    chosen = _recipe(arguments, source)
+    rounding = pipeline.NEAREST if arguments.simple else arguments.rounding
+    settings = Settings(arguments.rank, arguments.mode, rounding, arguments.smoothing)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     work = job.Job(
-        source, Path(arguments.output), chosen, Path(arguments.lora) if arguments.lora else None, arguments.rank,
-        arguments.seed, not arguments.simple, arguments.device, arguments.overwrite,
+        source, Path(arguments.output), chosen, Path(arguments.lora) if arguments.lora else None, seed=arguments.seed,
+        settings=settings, device=arguments.device, overwrite=arguments.overwrite, resume=arguments.resume,
+        calibration=calibration_file.read(Path(arguments.calibration)) if arguments.calibration else None,
+        workers=arguments.workers, ray=arguments.ray,
     )  # fmt: skip
     for note in (*source.repairs, *chosen.notes, *work.warnings):
         print(f"note: {note}", file=sys.stderr)
-    report = work.run(_progress(arguments))
+    report = work.run(_layer_lines if arguments.verbose else _progress(arguments))
     return {"json": report.as_dict(), "text": report.markdown()}
+
+
+def probe(arguments) -> dict:
+    """Scores of every layer in every format; with a target the plan that they give, and with -o its recipe."""
+    if arguments.target_size is None and arguments.target_error is None:
+        if arguments.output:
+            raise ValueError(f"{arguments.output}: a recipe needs a target; give --target-size or --target-error")
+        found = _survey(arguments, Checkpoint(Path(arguments.source)))
+        return {"json": found.as_dict(), "text": found.markdown()}
+    target = _target(arguments)
+    if arguments.output:
+        planning.check_recipe_path(Path(arguments.output))
+    found = _survey(arguments, Checkpoint(Path(arguments.source)))
+    plan = planning.plan(found, _planned_name(arguments.output or arguments.source), target)
+    if arguments.output:
+        plan.save(Path(arguments.output))
+    return {"json": plan.as_dict(), "text": plan.markdown()}
+
+
+def calibrate(arguments) -> dict:
+    """Statistics from saved inputs; `saved_inputs` says how to save them."""
+    source, target = Checkpoint(Path(arguments.source)), Path(arguments.output)
+    options = RecordOptions(arguments.moment, arguments.tokens, arguments.memory_gb, 0, arguments.seed)
+    calibration = saved_inputs.calibrate(source, Path(arguments.inputs), options, _progress(arguments))
+    calibration_file.write(calibration, target, arguments.overwrite)
+    found = calibration_file.inspect(target)
+    return {"json": found, "text": "\n".join(found["text"])}
 
 
 def inspect(arguments) -> dict:
     file = Checkpoint(Path(arguments.file))
+    if calibration_file.METADATA in file.metadata:
+        said = calibration_file.inspect(file.path)
+        return {"json": said, "text": "\n".join(said["text"])}
     counts: dict[str, int] = {}
     rows = []
     errors = _json(file, LAYER_ERRORS) or {}
@@ -52,19 +95,29 @@ def inspect(arguments) -> dict:
         layer = file.layers[name]
         counts[layer.format.label] = counts.get(layer.format.label, 0) + 1
         nbytes = layer.format.nbytes(*layer.shape)
+        rank = file.tensors[layer.sources["absorb_down"]].shape[0] if layer.absorbs else None
         rows.append({"layer": name, "format": layer.format.label, "shape": layer.shape, "bytes": nbytes,
-                     "error": errors.get(name)})  # fmt: skip
+                     "error": errors.get(name), "rank": rank, "smoothed": layer.smoothed})  # fmt: skip
     parameters = sum(math.prod(shape) for shape in file.shapes().values())
     found = {"file": file.name, "bytes": file.nbytes, "bits_per_weight": round(8 * file.nbytes / max(parameters, 1), 2),
              "prefix": file.prefix, "counts": counts, "tensors": len(file.tensors), "repairs": file.repairs,
              "opaque": {k: r.get("format") for k, r in file.opaque.items()},
              "provenance": _json(file, PROVENANCE), "layers": rows}  # fmt: skip
+    ranks = sorted({r["rank"] for r in rows if r["rank"]})
+    found["mode"] = ABSORB if ranks else None
     text = [
         f"{file.name}: {size(file.nbytes)}, {found['bits_per_weight']} bits per weight, {len(file.tensors)} tensors"
     ]
     text += [f"quantized: {', '.join(f'{n} {label}' for label, n in counts.items()) or 'no layer'}"]
+    if ranks:
+        text += [f"absorb: {sum(r['rank'] is not None for r in rows)} layers have a branch inside the file, rank "
+                 f"{', '.join(map(str, ranks))}; only Tessera's loader runs them right"]  # fmt: skip
+    smoothed = sum(r["smoothed"] for r in rows)
+    if smoothed:
+        text += [f"smoothed: {smoothed} layers have a pre_quant_scale; ComfyUI's own LoRA loaders merge right into "
+                 "them if Tessera's loader has loaded the model, and wrongly if another has"]  # fmt: skip
     text += [f"repaired on reading: {r}" for r in file.repairs]
-    text += [f"{r['layer']}  {r['format']}  {list(r['shape'])}  {r['bytes'] / 1e6:.2f} MB" for r in rows]
+    text += [f"{r['layer']}  {r['format']}{_mark(r)}  {list(r['shape'])}  {r['bytes'] / 1e6:.2f} MB" for r in rows]
     return {"json": found, "text": "\n".join(text)}
 
 
@@ -85,14 +138,19 @@ def verify(arguments) -> dict:
             raise ValueError(f"{arguments.lora}: {name}: the LoRA is {list(branch.shape)}, the layer "
                              f"{list(weight.shape)}; it was made for another model")  # fmt: skip
         errors = pipeline.layer_errors(file.weight(name, tuple(weight.shape)), branch, weight)
-        rows.append({"layer": name, "format": file.layers[name].format.label, "errors": errors})
+        layer = file.layers[name]
+        rows.append({"layer": name, "format": layer.format.label, "errors": errors, "smoothed": layer.smoothed})
         if not errors[-1] <= arguments.max_error:
             problems.append(f"{name}: weight error {errors[-1]:.4f} is above {arguments.max_error}")
     missing = {k for k in shapes if k not in file.shapes()}
     problems += [f"{key}: missing in {file.name}" for key in sorted(missing)]
-    text = [f"{r['layer']}  {r['format']}  " + "  ".join(f"{e:.4f}" for e in r["errors"]) for r in rows]
+    text = [f"{r['layer']}  {r['format']}{_mark(r)}  " + "  ".join(f"{e:.4f}" for e in r["errors"]) for r in rows]
     text += problems or [f"{len(rows)} layers verified"]
     return {"json": {"layers": rows, "problems": problems}, "text": "\n".join(text), "ok": not problems}
+
+
+def _mark(row: dict) -> str:
+    return " smoothed" if row["smoothed"] else ""
 
 
 def _json(file: Checkpoint, key: str):
@@ -102,17 +160,61 @@ def _json(file: Checkpoint, key: str):
         raise ValueError(f"{file.name}: metadata {key!r} is not JSON ({problem}); make the file again") from None
 
 
-def _recipe(arguments) -> recipe.Recipe:
+def _recipe(arguments, source: Checkpoint) -> recipe.Recipe:
+    target = next((w for w in ("target_size", "target_error") if vars(arguments)[w] is not None), None)
+    wishes = [w for w in ("recipe", "convert_to_quant", target) if w and vars(arguments)[w]]
+    if len(wishes) > 1:
+        raise ValueError(f"{' and '.join('--' + w.replace('_', '-') for w in wishes)} both choose formats; keep one")
     if arguments.convert_to_quant:
         return recipe.from_convert_to_quant(arguments.convert_to_quant)
+    if target:
+        return _planned(arguments, source)
     if not arguments.recipe:
-        raise ValueError(f"--recipe is missing; built in are {', '.join(recipe.names())}, or give a .toml file")
+        raise ValueError(f"--recipe is missing; built in are {', '.join(recipe.names())}, or give a .toml file; "
+                         "--target-size makes one")  # fmt: skip
     return recipe.find(arguments.recipe)
+
+
+def _planned(arguments, source: Checkpoint) -> recipe.Recipe:
+    """The recipe for a size or an error, told on stderr. Ranks are the plan's."""
+    if arguments.mode != pipeline.CORRECTION:
+        raise ValueError(f"--mode {arguments.mode}: plans are made for correction LoRAs; probe the source, then give "
+                         "the recipe")  # fmt: skip
+    target = _target(arguments)
+    check_target(Path(arguments.output), arguments.overwrite)  # before minutes of measuring
+    plan = planning.plan(_survey(arguments, source), _planned_name(arguments.output), target)
+    for line in (*plan.summary(), *plan.survey.notes):
+        print(f"plan: {line}", file=sys.stderr)
+    return plan.recipe()
+
+
+def _survey(arguments, source: Checkpoint) -> Survey:
+    calibration = calibration_file.read(Path(arguments.calibration)) if arguments.calibration else None
+    ranks = RANKS if arguments.ranks is None else planning.parse_ranks(arguments.ranks)
+    menu = Menu.of(arguments.formats.replace(",", " ").split(), ranks)
+    rows, device = arguments.rows or None, arguments.device.split(",")[0]
+    return survey(source, menu, calibration, rows, device, progress=_progress(arguments))
+
+
+def _target(arguments) -> planning.Target:
+    nbytes = None if arguments.target_size is None else planning.parse_size(arguments.target_size)
+    return planning.Target(nbytes, arguments.target_error)
+
+
+def _planned_name(path: str) -> str:
+    stem = Path(path).stem
+    return stem if path.endswith(".toml") else f"{stem}_planned"
 
 
 def _progress(arguments):
     live = sys.stderr.isatty() and not arguments.json
     return (lambda step: print(f"\r\033[K{step}", end="", file=sys.stderr, flush=True)) if live else (lambda step: None)
+
+
+def _layer_lines(step: job.Step) -> None:
+    """A line per finished layer, for logs."""
+    if step.last is not None:
+        print(f"{step.share:4.0%} {step.last.line()}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,9 +230,49 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, default=32, help="rank of the correction LoRA; 0 writes none (32)")
     command.add_argument("--lora", help="where the correction LoRA goes (<output>_lora.safetensors)")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu, cuda, ... (cpu)")
-    command.add_argument("--simple", action="store_true", help="round to nearest without the block-scale sweep")
+    command.add_argument("--calibration", metavar="FILE", help="statistics of what the layers see (data-free without)")
+    command.add_argument("--mode", choices=pipeline.MODES, default=pipeline.CORRECTION, help="correction: a LoRA "
+                         "beside the model, that one may leave out; absorb: the low rank is part of the model, which "
+                         "only Tessera's loader then runs (correction)")  # fmt: skip
+    command.add_argument("--rounding", choices=pipeline.ROUNDINGS, default=pipeline.BEST, help="best: error "
+                         "feedback where there are statistics, else sweep; sweep: of block scales; nearest: as other "
+                         "tools do it (best)")  # fmt: skip
+    command.add_argument("--simple", action="store_true", help="the same as --rounding nearest")
+    command.add_argument("--smoothing", action=argparse.BooleanOptionalAction, help="smooth the inputs of nvfp4 layers "
+                         "where statistics show that it pays; such a file needs ComfyUI 0.30 (only with --mode absorb)"
+                         )  # fmt: skip
+    command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu, cuda, ...; several with "
+                         "commas between take a process each (cpu)")  # fmt: skip
+    command.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with a layer of its own "
+                         "in work and in memory (1)")  # fmt: skip
+    command.add_argument("--threads", type=int, metavar="N", help="threads per layer; other than speed it may change "
+                         "the last bit of a sum, so the same number gives the same bytes (all cores)")  # fmt: skip
+    command.add_argument("--ray", metavar="ADDRESS", help="have a Ray cluster do the work (auto: the one running here)")
+    command.add_argument("--resume", action="store_true", help="go on where a killed run of the same command stopped")
+    command.add_argument("--verbose", action="store_true", help="a line on stderr for each finished layer")
     command.add_argument("--overwrite", action="store_true", help="replace existing output files")
+
+    _plan_options(command)
+
+    command = _command(commands, probe, "score every layer in every format, and plan a size or an error")
+    command.add_argument("source", help="BF16 safetensors file")
+    command.add_argument("-o", "--output", metavar="RECIPE", help="the .toml file to write the plan to")
+    command.add_argument("--calibration", metavar="FILE", help="statistics: scores are output errors (weight errors)")
+    command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu, cuda, ... (cpu)")
+    _plan_options(command)
+
+    command = _command(commands, calibrate, "statistics of layer inputs that were saved to a folder")
+    command.epilog, command.formatter_class = saved_inputs.__doc__, argparse.RawDescriptionHelpFormatter
+    command.add_argument("source", help="BF16 safetensors file of the model")
+    command.add_argument("--inputs", required=True, metavar="FOLDER", help="safetensors files, one per call of the "
+                         "model, with the input [tokens, in] of each layer by module path")  # fmt: skip
+    command.add_argument("-o", "--output", required=True, help="the calibration file to write")
+    command.add_argument("--moment", default=AUTO, choices=(AUTO, *MOMENTS), help="what is kept of how inputs vary "
+                         "together (auto: full up to 4096 channels, else block)")  # fmt: skip
+    command.add_argument("--tokens", type=int, default=0, help="tokens taken of each input at random; 0: all (0)")
+    command.add_argument("--memory-gb", type=float, default=0.0, help="RAM for the sums; 0: half of what is free (0)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--overwrite", action="store_true", help="replace an existing output file")
 
     command = _command(commands, inspect, "what a file holds, layer by layer")
     command.add_argument("file")
@@ -141,6 +283,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--lora", help="its correction LoRA")
     command.add_argument("--max-error", type=float, default=0.2, help="largest relative weight error allowed (0.2)")
     return parser
+
+
+def _plan_options(command: argparse.ArgumentParser) -> None:
+    """What a plan is asked for."""
+    command.add_argument("--target-size", metavar="SIZE", help="the most that model and correction LoRA together may "
+                         "take, as 4.84GB or 4.5GiB: formats and ranks are allocated to it")  # fmt: skip
+    command.add_argument("--target-error", type=float, metavar="X", help="the smallest file with no more expected "
+                         "error: root mean square over layers of their relative error")  # fmt: skip
+    command.add_argument("--formats", default=",".join(FORMATS), help=f"what a plan may choose ({','.join(FORMATS)})")
+    command.add_argument("--ranks", help=f"ranks a plan may choose ({','.join(map(str, RANKS))})")
+    command.add_argument("--rows", type=int, default=ROWS, help="of each weight that are measured for a plan, evenly "
+                         f"spaced; 0: all ({ROWS})")  # fmt: skip
 
 
 def _command(commands, run, text: str) -> argparse.ArgumentParser:

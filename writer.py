@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import json
@@ -10,7 +11,7 @@ import secrets
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,34 +20,37 @@ from torch import Tensor
 from .checkpoint import DTYPES, Checkpoint
 from .formats import TensorSpec
 
+ALIGNMENT = 8  # bytes; of the widest dtype
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Writer:
     """Writes a safetensors file tensor by tensor into a hidden file beside `path`; `publish` gives it its name.
 
-    The header is laid out first, from the specs, with `reserve` bytes kept for metadata that is known only at the end.
+    Tensors in `specs` must all come, each has its place from the start; those in `optional` may come, no larger than
+    said, and follow one another in the order in which they do. What is no multiple of 8 bytes (markers, scalars) waits
+    in memory and goes last, widest first: so every tensor is aligned and no byte is left between two. The header has
+    `reserve` bytes for metadata that is known only at the end. Same tensors, same bytes.
+
     Leaving the `with` block without `publish` removes the hidden file. An existing `path` is never touched unless
-    `overwrite`, and then only replaced whole.
+    `overwrite`, and then only replaced whole. With `resume` a hidden file `temporary` that is there is gone on with.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], reserve: int, overwrite: bool = False):
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], reserve: int, overwrite: bool = False,
+                 optional: Mapping[str, TensorSpec] | None = None, temporary: Path | None = None,
+                 resume: bool = False):  # fmt: skip
         self.path, self.overwrite = Path(path), overwrite
-        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
-        self.refuse_existing()
-        if not self.path.parent.is_dir():
-            raise ValueError(f"{self.path.parent}: no such folder; create it or choose another target")
-        self._entries, self._missing, end = {}, set(specs), 0
-        for key in sorted(specs, key=lambda k: (-specs[k].dtype.itemsize, k)):  # widest first: aligned offsets
-            spec = specs[key]
-            offsets = [end, end + spec.nbytes]
-            self._entries[key] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-            end += spec.nbytes
-        self._specs, self._checksums = dict(specs), {}
-        self._header = -(-(len(self._json({})) + reserve) // 8) * 8
-        self.nbytes = 8 + self._header + end
+        self.temporary = temporary or hidden(self.path, secrets.token_hex(4))
+        check_target(self.path, overwrite)
+        self._specs, self._missing = dict(specs) | dict(optional or {}), set(specs)
+        self._entries, self._held, self._checksums = {}, {}, {}
+        self._end = 0
+        for key in sorted(specs, key=lambda k: (-specs[k].dtype.itemsize, k)):
+            if specs[key].nbytes % ALIGNMENT == 0:
+                self._place(key, specs[key])
+        self._header, self.nbytes = layout(self._specs, reserve)  # at most, until it is finished
         self._require_space()
-        self._file = open(self.temporary, "xb")  # noqa: SIM115 closed in __exit__; "x" honours the user's umask
+        self._file = open(self.temporary, "r+b" if resume and self.temporary.exists() else "x+b")  # noqa: SIM115
         self._allocate()
 
     def __enter__(self) -> Writer:
@@ -58,17 +62,57 @@ class Writer:
             self.temporary.unlink()
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Stores one tensor, each exactly once, in any order. Raises ValueError if it is not as its spec says."""
-        spec = self._specs[key]
-        if key not in self._missing or tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-            found, once = TensorSpec(tensor.dtype, tuple(tensor.shape)), "" if key in self._missing else ", once"
+        """Stores one tensor, each at most once. Raises ValueError if it is not as its spec says."""
+        spec, found = self._specs[key], TensorSpec(tensor.dtype, tuple(tensor.shape))
+        smaller = key not in self._missing and found.dtype == spec.dtype and found.nbytes <= spec.nbytes
+        if key in self._checksums or not (found == spec or smaller):
+            once = ", once" if key in self._checksums else ""
             raise ValueError(f"{self.path.name}: {key}: {found}, expected {spec}{once}")
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        with self._disk_errors():
-            self._file.seek(8 + self._header + self._entries[key]["data_offsets"][0])
-            self._file.write(memoryview(data))
+        data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if found.nbytes % ALIGNMENT:
+            self._held[key] = found, bytes(data)
+        else:
+            self._write(self._entries.get(key) or self._place(key, found), data)
         self._missing.discard(key)
         self._checksums[key] = zlib.crc32(data)
+
+    def has(self, key: str) -> bool:
+        return key in self._checksums
+
+    def written(self, keys: Iterable[str]) -> dict[str, dict]:
+        """What a journal must know of tensors that were written, for `adopt`: place and checksum, or the tensor."""
+        return {key: {"crc32": self._checksums[key], **self._where(key)} for key in keys}
+
+    def intact(self, written: Mapping[str, dict]) -> bool:
+        """Whether tensors of an earlier run are on disk as it wrote them, and would come next."""
+        end = self._end
+        for key, was in written.items():
+            spec, data = _spec(was), self._data(was)
+            if key not in self._specs or len(data) != spec.nbytes or zlib.crc32(data) != was["crc32"]:
+                return False
+            if spec.nbytes % ALIGNMENT:
+                continue
+            if (self._entries.get(key) or _entry(spec, end))["data_offsets"] != was["data_offsets"]:
+                return False
+            end += 0 if key in self._entries else spec.nbytes
+        return True
+
+    def adopt(self, written: Mapping[str, dict]) -> None:
+        """Takes intact tensors of an earlier run as written."""
+        for key, was in written.items():
+            spec = _spec(was)
+            if spec.nbytes % ALIGNMENT:
+                self._held[key] = spec, self._data(was)
+            elif key not in self._entries:
+                self._place(key, spec)
+            self._missing.discard(key)
+            self._checksums[key] = was["crc32"]
+
+    def sync(self) -> None:
+        """Everything written so far is on disk."""
+        with self._disk_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def finish(self, metadata: Mapping[str, str]) -> Path:
         """Writes the header, flushes everything to disk and returns the still hidden file, complete and readable."""
@@ -76,14 +120,18 @@ class Writer:
             raise RuntimeError(
                 f"{self.path.name}: {len(self._missing)} tensors were never written: {min(self._missing)}"
             )
-        header = self._json(metadata)
+        for key in sorted(self._held, key=lambda k: (-self._held[k][0].dtype.itemsize, k)):
+            spec, data = self._held[key]
+            self._write(self._place(key, spec), data)
+        header = _json(metadata, self._entries)
         if len(header) > self._header:
             raise RuntimeError(f"{self.path.name}: metadata of {len(header)} bytes exceeds the {self._header} reserved")
+        self.nbytes = 8 + self._header + self._end
         with self._disk_errors():
             self._file.seek(0)
             self._file.write(struct.pack("<Q", self._header) + header.ljust(self._header))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.truncate(self.nbytes)
+        self.sync()
         return self.temporary
 
     def reread(self, file: Checkpoint) -> None:
@@ -97,22 +145,35 @@ class Writer:
 
     def publish(self) -> None:
         """Gives the finished file its name, atomically."""
-        self.refuse_existing()
-        os.replace(self.temporary, self.path)
-        if os.name == "posix":  # make the rename itself durable
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        publish(self.temporary, self.path, self.overwrite)
 
-    def refuse_existing(self) -> None:
-        """Raises ValueError if there is something at `path` that may not be replaced."""
-        if self.path.is_dir():
-            raise ValueError(f"{self.path}: is a folder; choose another name")
-        if self.path.exists() and not self.overwrite:
-            raise ValueError(f"{self.path}: already exists; choose another name, or allow overwriting")
+    def _place(self, key: str, spec: TensorSpec) -> dict:
+        """The next place is this tensor's."""
+        self._entries[key] = entry = _entry(spec, self._end)
+        self._end += spec.nbytes
+        return entry
+
+    def _write(self, entry: Mapping, data: bytes | memoryview) -> None:
+        with self._disk_errors():
+            self._file.seek(8 + self._header + entry["data_offsets"][0])
+            self._file.write(data)
+
+    def _data(self, was: dict) -> bytes:
+        if "data" in was:
+            return base64.b64decode(was["data"])
+        first, last = was["data_offsets"]
+        self._file.seek(8 + self._header + first)
+        return self._file.read(last - first)
+
+    def _where(self, key: str) -> dict:
+        if key not in self._held:
+            return self._entries[key]
+        spec, data = self._held[key]
+        return {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data": base64.b64encode(data).decode()}
 
     def _require_space(self) -> None:
-        if shutil.disk_usage(self.path.parent).free < self.nbytes:
+        there = self.temporary.stat().st_blocks * 512 if self.temporary.exists() and os.name == "posix" else 0
+        if shutil.disk_usage(self.path.parent).free + there < self.nbytes:
             raise ValueError(_disk_full(self.path, self.nbytes))
 
     def _allocate(self) -> None:
@@ -143,8 +204,52 @@ class Writer:
                 raise ValueError(_disk_full(self.path, self.nbytes)) from problem
             raise
 
-    def _json(self, metadata: Mapping[str, str]) -> bytes:
-        return json.dumps({"__metadata__": dict(metadata)} | self._entries, separators=(",", ":")).encode()
+
+def layout(specs: Mapping[str, TensorSpec], reserve: int) -> tuple[int, int]:
+    """(bytes of the header, bytes of the file) with all those tensors and `reserve` bytes for metadata."""
+    most = sum(spec.nbytes for spec in specs.values())
+    longest = {key: _entry(spec, most) for key, spec in specs.items()}
+    header = -(-(len(_json({}, longest)) + reserve) // ALIGNMENT) * ALIGNMENT
+    return header, 8 + header + most
+
+
+def hidden(path: Path, token: str) -> Path:
+    """The file beside `path` in which it is made."""
+    return path.with_name(f".{path.name}.{token}.part")
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises ValueError if no file can come there: no folder, or something at `path` that may not be replaced."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such folder; create it or choose another target")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; choose another name")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path}: already exists; choose another name, or allow overwriting")
+
+
+def publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Gives a finished file its name, atomically and for good."""
+    check_target(path, overwrite)
+    os.replace(temporary, path)
+    if os.name == "posix":  # make the rename itself durable
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def _entry(spec: TensorSpec, first: int) -> dict:
+    return {
+        "dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [first, first + spec.nbytes]
+    }  # fmt: skip
+
+
+def _spec(entry: dict) -> TensorSpec:
+    return TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+
+def _json(metadata: Mapping[str, str], entries: Mapping[str, dict]) -> bytes:
+    return json.dumps({"__metadata__": dict(metadata)} | dict(entries), separators=(",", ":")).encode()
 
 
 def _disk_full(path: Path, nbytes: int) -> str:

@@ -71,11 +71,13 @@ def main():
     from tessera.checkpoint import Checkpoint
     from tessera.job import Job
     from tessera.quantization import recipe
+    from tessera.quantization.pipeline import Settings
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "source.safetensors", Path(folder) / "target.safetensors"
         write_source(source)
-        Job(Checkpoint(source), target, recipe.find(arguments.recipe), rank=0, sweep=False).run()
+        settings = Settings(rank=0, rounding="nearest")
+        Job(Checkpoint(source), target, recipe.find(arguments.recipe), settings=settings).run()
         runs = {"stock": [], "tessera": []}
         for _ in range(arguments.repeat):  # alternating, so that both meet the same page cache
             for loader, results in runs.items():

@@ -35,7 +35,7 @@ def layer(arguments):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
         for label in ("nvfp4", "mxfp8", "int8_convrot"):
             format = parse(label).for_shape(*shape)
-            _, total = timed(pipeline.quantize, format, weight, 32, 0)
+            _, total = timed(pipeline.quantize, format, weight, pipeline.Settings(rank=32), 0)
             quantized, encode = timed(pipeline.encode, format, weight)
             decoded, decode = timed(format.decode, quantized)
             _, fit = timed(lowrank.fit, weight - decoded, 32)

@@ -1,12 +1,40 @@
 """The one adapter to ComfyUI (0.27 and later)."""
 
-from .attaching import Attached, attach_lora, coverage, lora_beside, quantized_layers
+from .attaching import (
+    Attached,
+    absorbed_layers,
+    attach_lora,
+    coverage,
+    lacks_branch,
+    lora_beside,
+    quantized_layers,
+)
 from .loading import TEXT_ENCODER, load_clip, load_diffusion_model, operations, plan_text, plans
 from .memory import ModelSource, clip_source, model_source
-from .ui import Progress, compute_device, filenames, full_path, listed_name, make_room, output_path, recipes_folder, say
+from .probing import ACTIVATIONS as PROBED_ACTIVATIONS
+from .probing import Budget, measure
+from .recording import ProbeCall, Recorder, RecordOptions, calibration_of, record
+from .ui import (
+    Progress,
+    calibration_path,
+    calibrations,
+    compute_device,
+    filenames,
+    full_path,
+    listed_name,
+    make_room,
+    new_calibration_path,
+    new_recipe_path,
+    output_path,
+    recipes_folder,
+    say,
+)
 
 __all__ = [
-    "TEXT_ENCODER", "Attached", "ModelSource", "Progress", "attach_lora", "clip_source", "compute_device", "coverage",
-    "filenames", "full_path", "listed_name", "load_clip", "load_diffusion_model", "lora_beside", "make_room",
-    "model_source", "operations", "output_path", "plan_text", "plans", "quantized_layers", "recipes_folder", "say",
+    "PROBED_ACTIVATIONS", "TEXT_ENCODER", "Attached", "Budget", "ModelSource", "ProbeCall", "Progress",
+    "RecordOptions", "Recorder", "absorbed_layers", "attach_lora", "calibration_of", "calibration_path",
+    "calibrations", "clip_source", "compute_device", "coverage", "filenames", "full_path", "lacks_branch",
+    "listed_name", "load_clip", "load_diffusion_model", "lora_beside", "make_room", "measure", "model_source",
+    "new_calibration_path", "new_recipe_path", "operations", "output_path", "plan_text", "plans",
+    "quantized_layers", "recipes_folder", "record", "say",
 ]  # fmt: skip

@@ -15,8 +15,11 @@ import comfy.patcher_extension
 import folder_paths
 
 from .. import branch, lora
+from ..checkpoint import BRANCH, read_header
+from ..quantization.lowrank import LowRank
 
 BRANCHES = "_tessera_branches"  # on a model: {LoRA file: Attached}
+ABSORBED = "tessera.absorbed"  # key of a model's own branch
 TRUNK = "diffusion_model."
 
 
@@ -44,6 +47,51 @@ def attach_lora(patcher, path: str, strength: float) -> tuple[comfy.model_patche
     return clone, attached
 
 
+class _Carried:
+    """Makes ComfyUI load a text encoder's branch with it: encoding loads what patches carry, not additional models."""
+
+    def __init__(self, side: comfy.model_patcher.ModelPatcher):
+        self.side = side
+
+    def models(self) -> list[comfy.model_patcher.ModelPatcher]:
+        return [self.side]
+
+
+def attach_own(patcher, file: str, pairs: dict[str, LowRank], text_encoder: bool = False) -> None:
+    """Puts the branches that are part of a model, by module path, beside its layers: at strength 1 for good."""
+    matched, _ = branch.match(file, pairs, {name: (name, None) for name in pairs}, patcher.model)
+    side, own = _side(patcher, matched), branch.SideBranch(ABSORBED, 1.0, absorbed=True)
+    patcher.set_additional_models(ABSORBED, [side])
+    patcher.set_injections(ABSORBED, [comfy.patcher_extension.PatcherInjection(own.inject, own.eject)])
+    if text_encoder:
+        options = patcher.model_options["transformer_options"]
+        options.setdefault("patches", {})[ABSORBED] = [_Carried(side)]
+
+
+def absorbed_layers(patcher) -> int:
+    """How many layers of a MODEL have a branch that is part of it; 0 for all but absorb models from our loader."""
+    sides = patcher.get_additional_models_with_key(ABSORBED)
+    return len(sides[0].model.layers) if sides else 0
+
+
+def absorbed_text(patcher) -> list[str]:
+    """What to tell about a model's own branches; nothing if it has none."""
+    layers = absorbed_layers(patcher)
+    if not layers:
+        return []
+    [side] = patcher.get_additional_models_with_key(ABSORBED)
+    return [f"{layers} layers with a low-rank branch inside the file (absorb mode): always on, "
+            f"{side.model_size() / 1e6:.1f} MB"]  # fmt: skip
+
+
+def lacks_branch(patcher) -> bool:
+    """Whether a MODEL is an absorb file from another loader, which has dropped the branches that are part of it."""
+    path = _file_of(patcher)
+    if absorbed_layers(patcher) or path is None or path.suffix not in (".safetensors", ".sft"):
+        return False
+    return any(key.rpartition(".")[2] in BRANCH for key in read_header(path)[1])
+
+
 def _branches(patcher, path: Path) -> Attached:
     """Read from disk once per model and file, so that moving a slider reads nothing; freed with the model."""
     stat = path.stat()
@@ -52,12 +100,18 @@ def _branches(patcher, path: Path) -> Attached:
     cached = kept.get(path)
     if cached is None or cached.identity != identity:
         pairs, unmatched = branch.match(path.name, lora.read(path), _targets(patcher), patcher.model)
-        module = branch.Branches(pairs, comfy.ops.manual_cast.Linear)
-        side = comfy.model_patcher.ModelPatcher(module, patcher.load_device, patcher.offload_device)
-        side.cached_patcher_init = (_copy_branches, (module, patcher.load_device, patcher.offload_device))
-        cached = Attached(identity, side, tuple(module.layers), tuple(unmatched))
+        side = _side(patcher, pairs)
+        cached = Attached(identity, side, tuple(side.model.layers), tuple(unmatched))
         kept[path] = cached
     return cached
+
+
+def _side(patcher, pairs) -> comfy.model_patcher.ModelPatcher:
+    """The branches [(module path, pair, rows)] of a model as a model of their own."""
+    module = branch.Branches(pairs, comfy.ops.manual_cast.Linear)
+    side = comfy.model_patcher.ModelPatcher(module, patcher.load_device, patcher.offload_device)
+    side.cached_patcher_init = (_copy_branches, (module, patcher.load_device, patcher.offload_device))
+    return side
 
 
 def _copy_branches(module, load_device, offload_device, disable_dynamic=False):
@@ -98,13 +152,18 @@ def quantized_layers(patcher) -> set[str]:
 
 def lora_beside(patcher) -> str | None:
     """The `<checkpoint>_lora.safetensors` of a MODEL: in the checkpoint's folder, or among the loras."""
-    made = getattr(patcher, "cached_patcher_init", None)
-    path = Path(made[1][0]) if made and isinstance(made[1][0], str) else None
+    path = _file_of(patcher)
     if path is None:
         return None
     name = f"{path.stem}_lora.safetensors"
     beside = path.with_name(name)
     return str(beside) if beside.is_file() else folder_paths.get_full_path("loras", name)
+
+
+def _file_of(patcher) -> Path | None:
+    """The file a MODEL was loaded from, where its loader says so."""
+    made = getattr(patcher, "cached_patcher_init", None)
+    return Path(made[1][0]) if made and isinstance(made[1][0], str) else None
 
 
 def names_of(items: Iterable[str], limit: int = 3) -> str:

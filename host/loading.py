@@ -15,10 +15,13 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..checkpoint import DETECTION, EMBEDDINGS, QUANTIZATION_METADATA, Checkpoint
+from ..checkpoint import BRANCH, DETECTION, EMBEDDINGS, QUANTIZATION_METADATA, Checkpoint, Layer
 from ..formats import FORMATS, Format, Plain, TensorSpec, from_record
 from ..kernels import dispatch
 from ..kernels.dispatch import Plan
+from ..quantization.lowrank import LowRank
+from . import attaching
+from .smoothed import Smoothed
 
 log = logging.getLogger("tessera")
 
@@ -29,13 +32,15 @@ TEXT_ENCODER = Plan(dispatch.DECODE, "ComfyUI runs text encoders in full precisi
 def load_diffusion_model(path: str, model_options: dict | None = None, speed: str = "auto", disable_dynamic=False):
     """A MODEL as `comfy.sd.load_diffusion_model` gives it, its quantized layers planned by `kernels.dispatch`.
 
-    Files without quantized layers go to the host unchanged. Raises ValueError for a file that must not be loaded.
+    Branches that are part of the file (absorb mode) run beside their layers. Files without quantized layers go to the
+    host unchanged. Raises ValueError for a file that must not be loaded.
     """
     options = dict(model_options or {})
     file = _quantized_file(path)
     if file is None:
         return comfy.sd.load_diffusion_model(path, model_options=options, disable_dynamic=disable_dynamic)
     state_dict, metadata = _read(file, path)
+    branches = _branches_in(state_dict)
     device = options.get("load_device", comfy.model_management.get_torch_device())
     compute = _compute_dtype(state_dict, metadata, device)
     plans: dict[str, tuple[str, Plan]] = {}
@@ -47,6 +52,7 @@ def load_diffusion_model(path: str, model_options: dict | None = None, speed: st
     if model is None:
         raise ValueError(f"{file.name}: ComfyUI does not know this model's architecture; is it a diffusion model?")
     model.cached_patcher_init = (load_diffusion_model, (path, dict(model_options or {}), speed))
+    _attach_own(file, model, branches)
     _announce(file, model, plans)
     return model
 
@@ -58,6 +64,7 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, disable_d
     if file is None:
         return comfy.sd.load_clip([path], folders, clip_type, options, disable_dynamic=disable_dynamic)
     state_dict, _ = _read(file, path)
+    branches = _branches_in(state_dict)
     device = options.get("load_device", comfy.model_management.text_encoder_device())
     plans: dict[str, tuple[str, Plan]] = {}
     compute = next(
@@ -68,6 +75,7 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, disable_d
         [state_dict], folders, clip_type=clip_type, model_options=options, disable_dynamic=disable_dynamic
     )
     clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {})))
+    _attach_own(file, clip.patcher, branches, text_encoder=True)
     _announce(file, clip.patcher, plans)
     return clip
 
@@ -84,10 +92,14 @@ def operations(compute: torch.dtype, facts, speed: str, plans: dict, text_encode
     }  # fmt: skip
     base = comfy.ops.mixed_precision_ops({}, compute, full_precision_mm=text_encoder, disabled=disabled)
 
-    class Linear(base.Linear):
+    class Linear(Smoothed, base.Linear):
         tessera_plan: Plan | None = None
+        tessera_branch: LowRank | None = None  # until the loader attaches it: then it belongs to a module of its own
 
         def _load_from_state_dict(self, state_dict, prefix, *args):
+            parts = [state_dict.pop(f"{prefix}{part}", None) for part in BRANCH]
+            if parts[0] is not None:
+                self.tessera_branch = LowRank(*parts)
             marked = state_dict.get(f"{prefix}comfy_quant")
             super()._load_from_state_dict(state_dict, prefix, *args)
             format = _format(marked)
@@ -132,18 +144,31 @@ def _quantized_file(path: str) -> Checkpoint | None:
             raise ValueError(
                 f"{file.name}: {key}: format {record.get('format')!r} is not known to this ComfyUI; update it"
             )
-    smoothed = [n for n, layer in file.layers.items() if "pre_quant_scale" in layer.sources]
+    smoothed = [n for n, layer in file.layers.items() if layer.smoothed]
     if smoothed and "pre_quant_scale" not in comfy.quant_ops.QUANT_ALGOS["nvfp4"]["parameters"]:
         raise ValueError(f"{file.name}: {smoothed[0]}: pre_quant_scale needs ComfyUI 0.30 or later; update it")
+    for name in smoothed:
+        format = file.layers[name].format.name
+        if "pre_quant_scale" not in comfy.quant_ops.QUANT_ALGOS[format]["parameters"]:
+            raise ValueError(f"{file.name}: {name}: ComfyUI ignores the pre_quant_scale of {format} layers, the "
+                             "model would be wrong; re-quantize the layer without smoothing, or as nvfp4")  # fmt: skip
+        scale = file.read(file.layers[name].sources["pre_quant_scale"]).float()
+        if not (scale.isfinite() & (scale != 0)).all():
+            raise ValueError(f"{file.name}: {name}: pre_quant_scale has a zero or no number, so the weight it was "
+                             "divided from is lost; make the file again from the original")  # fmt: skip
     return file if file.layers or file.opaque else None
 
 
 def _read(file: Checkpoint, path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(state dict, metadata) as every host loads them: repaired, each marker a tensor, nothing it cannot take."""
+    """(state dict, metadata) as every host loads them: repaired, each marker a tensor, nothing it cannot take.
+
+    Branches stay in, for our `Linear` to take out: whatever the host renames a layer to, its branch goes along.
+    """
     state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    state_dict = file.repair(state_dict)
+    branches = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] in BRANCH}
+    state_dict = file.repair(state_dict) | branches
     for name, layer in file.layers.items():
-        if not _host_takes(name, layer.format):
+        if not _host_takes(layer):
             for suffix in (*layer.sources, "comfy_quant"):
                 state_dict.pop(f"{layer.key}.{suffix}", None)
             weight = file.weight(name).to(torch.bfloat16)
@@ -152,11 +177,14 @@ def _read(file: Checkpoint, path: str) -> tuple[dict[str, torch.Tensor], dict[st
     return state_dict, {k: v for k, v in (metadata or {}).items() if k != QUANTIZATION_METADATA}
 
 
-def _host_takes(name: str, format: Format) -> bool:
+def _host_takes(layer: Layer) -> bool:
+    name, format = layer.key, layer.format
     if DETECTION.search(name):
         return format.codes_per_byte == 1  # a packed weight has another shape
     if not EMBEDDINGS.search(name):
         return True
+    if layer.absorbs:
+        return False  # rows are looked up, no branch can run beside that
     int8 = hasattr(comfy.quant_ops.get_layout_class("TensorWiseINT8Layout"), "dequantize_embedding")
     return format.name.startswith("float8") or (format.name == "int8_tensorwise" and int8 and _version() >= (0, 30))
 
@@ -177,12 +205,29 @@ def _compute_dtype(state_dict: dict, metadata: dict, device: torch.device) -> to
     return comfy.model_management.unet_manual_cast(None, device, config.supported_inference_dtypes)
 
 
+def _branches_in(state_dict: dict) -> int:
+    return sum(key.endswith(f".{BRANCH[0]}") for key in state_dict)
+
+
+def _attach_own(file: Checkpoint, patcher, expected: int, text_encoder: bool = False) -> None:
+    """Attaches the branches that our `Linear` took. Raises ValueError if not all of them came to a layer."""
+    taken = {name: vars(m).pop("tessera_branch") for name, m in patcher.model.named_modules()
+             if "tessera_branch" in vars(m)}  # fmt: skip
+    if len(taken) < expected:
+        raise ValueError(f"{file.name}: only {len(taken)} of {expected} branches belong to a linear layer of this "
+                         "model; without them it would be wrong, use the original")  # fmt: skip
+    if taken:
+        attaching.attach_own(patcher, file.name, taken, text_encoder)
+
+
 def _announce(file: Checkpoint, patcher, plans: dict) -> None:
     patcher.set_attachments(PLANS, plans)
-    for line in (*dispatch.summary(plans.values()), *(f"repaired: {r}" for r in file.repairs)):
+    told = (*dispatch.summary(plans.values()), *attaching.absorbed_text(patcher))
+    for line in (*told, *(f"repaired: {r}" for r in file.repairs)):
         log.info("Tessera: %s: %s", file.name, line)
 
 
 def plan_text(patcher) -> str:
     """How a loaded model's quantized layers run here, in words."""
-    return "\n".join(dispatch.summary(plans(patcher).values())) or "no quantized layers"
+    lines = (*dispatch.summary(plans(patcher).values()), *attaching.absorbed_text(patcher))
+    return "\n".join(lines) or "no quantized layers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import comfy.model_management
@@ -9,6 +10,8 @@ import comfy.utils
 import folder_paths
 
 from ..job import Step
+
+BAR = 1000  # parts of a progress bar
 
 
 def compute_device() -> str:
@@ -34,6 +37,52 @@ def recipes_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / "tessera" / "recipes"
 
 
+def new_recipe_path(name: str) -> Path:
+    """A recipe file that does not exist yet: <name>.toml, or <name>_2.toml and so on."""
+    stem = name.removesuffix(".toml")
+    for number in itertools.count(1):
+        path = _below(recipes_folder(), f"{stem}.toml" if number == 1 else f"{stem}_{number}.toml")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path
+
+
+def calibrations_folder() -> Path:
+    """Where calibrations are saved; need not exist."""
+    return Path(folder_paths.get_user_directory()) / "tessera" / "calibrations"
+
+
+def calibrations() -> list[str]:
+    """Saved calibrations by the name below their folder."""
+    folder = calibrations_folder()
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+
+
+def calibration_path(name: str) -> Path:
+    """A saved calibration. Raises ValueError if there is none of that name."""
+    path = _below(calibrations_folder(), name)
+    if not path.is_file():
+        raise ValueError(f"{name}: no such calibration in {calibrations_folder()}; choose another, or record one")
+    return path
+
+
+def new_calibration_path(name: str) -> Path:
+    """A numbered file that does not exist yet: <name>_00001.safetensors and so on."""
+    folder, stem = calibrations_folder(), name.removesuffix(".safetensors")
+    for number in itertools.count(1):
+        path = _below(folder, f"{stem}_{number:05}.safetensors")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path
+
+
+def _below(folder: Path, name: str) -> Path:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{name}: leaves the folder {folder}; give a name below it")
+    return path
+
+
 def output_root(folder: str) -> Path:
     """The first folder registered for that kind; the host puts its old `unet` before `diffusion_models`."""
     paths = [Path(path) for path in folder_paths.get_folder_paths(folder)]
@@ -43,16 +92,14 @@ def output_root(folder: str) -> Path:
 def listed_name(path: Path) -> str:
     """The name under which the host's loaders list a file that `output_path` gave."""
     roots = [output_root(folder) for folder in ("diffusion_models", "text_encoders", "loras")]
+    roots.append(calibrations_folder().resolve())
     return next((str(path.relative_to(root)) for root in roots if path.is_relative_to(root)), path.name)
 
 
 def output_path(folder: str, name: str) -> Path:
     """A file to write below the folder for that kind. Raises ValueError if the name leaves it."""
-    root = output_root(folder)
     name = name if name.endswith(".safetensors") else f"{name}.safetensors"
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{name}: leaves the folder {root}; give a name below it")
+    path = _below(output_root(folder), name)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -61,14 +108,15 @@ class Progress:
     """Bar and text in the node for a running job; raises the host's interrupt exception when the user cancels."""
 
     def __init__(self, node_id: str | None):
-        self.node_id, self._bar = node_id, None
+        self.node_id, self._bar, self._done = node_id, None, 0
 
     def __call__(self, step: Step) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._bar is None:  # every layer is met twice: quantized, then verified
-            self._bar = comfy.utils.ProgressBar(2 * step.total, node_id=self.node_id)
-        self._bar.update_absolute(step.index + (step.total if step.verifying else 0))
-        say(self.node_id, str(step))
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(BAR, node_id=self.node_id)
+        self._done = max(self._done, round(BAR * (step.share or step.index / step.total)))  # an estimate may sink
+        self._bar.update_absolute(self._done)
+        say(self.node_id, "\n".join(filter(None, (str(step), step.details()))))
 
 
 def say(node_id: str | None, text: str) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .calibrate import Calibrate, CalibrateCLIP, LoadCalibration, SaveCalibration
 from .loaders import CLIPLoader, DiffusionModelLoader
 from .lora import CorrectionLoRA
+from .plan import Plan
 from .quantize import Quantize
 
-NODES: list[type[io.ComfyNode]] = [DiffusionModelLoader, CLIPLoader, CorrectionLoRA, Quantize]
+NODES: list[type[io.ComfyNode]] = [
+    DiffusionModelLoader, CLIPLoader, CorrectionLoRA, Quantize,
+    Calibrate, CalibrateCLIP, SaveCalibration, LoadCalibration, Plan,
+]  # fmt: skip
 
 
 class Extension(ComfyExtension):

@@ -35,6 +35,8 @@ class CorrectionLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name=BESIDE, strength=1.0):
+        if lora_name == BESIDE:
+            _explain_absorbed(model)
         path = host.lora_beside(model) if lora_name == BESIDE else host.full_path("loras", lora_name)
         if path is None:
             raise ValueError("no correction LoRA lies beside this checkpoint; choose one in lora_name, or quantize the "
@@ -44,3 +46,15 @@ class CorrectionLoRA(io.ComfyNode):
         log.info("Tessera: %s", covered)
         host.say(cls.hidden.unique_id, covered)
         return io.NodeOutput(patched)
+
+
+def _explain_absorbed(model) -> None:
+    """Raises ValueError where the branch is part of the model, so that nothing is there to slide."""
+    layers = host.absorbed_layers(model)
+    if layers:
+        raise ValueError(f"this is an absorb model: the low-rank branch of its {layers} layers is part of it and "
+                         "always fully on, so there is nothing to slide. Remove this node; or choose another LoRA in "
+                         "lora_name, which is added as usual")  # fmt: skip
+    if host.lacks_branch(model):
+        raise ValueError("this is an absorb model, and its loader has dropped the low-rank branch that is part of it: "
+                         "the picture will be wrong. Load it with Load Diffusion Model (Tessera)")  # fmt: skip

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from .. import host
 from ..checkpoint import Checkpoint
 from ..job import Job
-from ..quantization import recipe
+from ..quantization import pipeline, recipe
+from ..quantization.pipeline import Settings
+from ..source import Source
+from .calibrate import CALIBRATION
+from .plan import RECIPE
 
 FOLDERS = ("diffusion_models", "text_encoders")
 CONNECTED = "(the connected model or clip)"
@@ -41,6 +47,12 @@ class Quantize(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="Quantize this text encoder instead."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, advanced=True,
                              control_after_generate=False, tooltip="Same source, recipe and seed: same file."),
+                CALIBRATION.Input("calibration", optional=True, tooltip="What the layers see while you sample: two to "
+                                  "five times less error. Without it the weights alone decide."),
+                RECIPE.Input("recipe_in", optional=True, tooltip="From Plan (Tessera); taken instead of recipe."),
+                io.Combo.Input("mode", options=list(pipeline.MODES), default=pipeline.CORRECTION, optional=True,
+                               tooltip="correction: good without its LoRA, best with it. absorb: best with 4-bit "
+                               "kernels; the low rank is part of the file, which only Tessera's loader runs."),
             ],
             outputs=[
                 io.Combo.Output("model_name", tooltip="Connect to unet_name or clip_name of a loader."),
@@ -49,16 +61,23 @@ class Quantize(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             description="Quantizes a checkpoint layer by layer with a recipe, fits an error-correction LoRA to every "
-            "quantized layer. Verifies what it wrote. Cancelling leaves nothing behind.",
+            "quantized layer. Verifies what it wrote. Cancelling leaves nothing behind; after a crash the same inputs "
+            "go on where it stopped.",
             search_aliases=["quantise", "convert", "save", "nvfp4", "mxfp8", "int8", "convrot"],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, source, recipe, filename="", rank=32, model=None, clip=None, seed=0):
-        progress = host.Progress(cls.hidden.unique_id)
-        job = _job(source, recipe, filename, rank, model, clip, seed)
+    def execute(
+        cls, source, recipe, filename="", rank=32, model=None, clip=None, seed=0, calibration=None, recipe_in=None,
+        mode=pipeline.CORRECTION,
+    ):  # fmt: skip
+        weights, folder = _weights(source, model, clip)
+        settings, chosen = Settings(rank, mode), recipe_in or _recipe(recipe)
+        target, lora = _files(folder, filename or f"{Path(weights.name).stem}_{chosen.name}", settings)
+        job = Job(weights, target, chosen, lora, seed=seed, settings=settings, calibration=calibration,
+                  device=host.compute_device(), resume=True)  # fmt: skip
         host.make_room(job.working_bytes())
-        report = job.run(progress)
+        report = job.run(host.Progress(cls.hidden.unique_id))
         host.say(cls.hidden.unique_id, "\n".join(report.summary()))
         names = [host.listed_name(path) if path else "" for path in (job.target, job.lora)]
         return io.NodeOutput(
@@ -66,18 +85,25 @@ class Quantize(io.ComfyNode):
         )
 
 
-def _job(source, recipe_name, filename, rank, model, clip, seed) -> Job:
-    folder, _, name = source.partition("/")
+def _weights(source: str, model, clip) -> tuple[Source, str]:
+    """The source, and the kind of folder where the new file belongs."""
     if model is not None:
-        weights, folder = host.model_source(model), "diffusion_models"
-    elif clip is not None:
-        weights, folder = host.clip_source(clip), "text_encoders"
-    elif source == CONNECTED:
+        return host.model_source(model), "diffusion_models"
+    if clip is not None:
+        return host.clip_source(clip), "text_encoders"
+    if source == CONNECTED:
         raise ValueError("nothing is connected to model or clip; connect one, or choose a file as the source")
-    else:
-        weights = Checkpoint(host.full_path(folder, name))
-    chosen = recipe.find(host.recipes_folder() / recipe_name if recipe_name.endswith(".toml") else recipe_name)
-    stem = filename or f"{weights.name.removesuffix('.safetensors')}_{chosen.name}"
+    folder, _, name = source.partition("/")
+    return Checkpoint(host.full_path(folder, name)), folder
+
+
+def _recipe(name: str) -> recipe.Recipe:
+    return recipe.find(host.recipes_folder() / name if name.endswith(".toml") else name)
+
+
+def _files(folder: str, stem: str, settings: Settings) -> tuple[Path, Path | None]:
+    """Where model and LoRA go. The name of an absorb model says that it is one."""
+    if settings.mode == pipeline.ABSORB and pipeline.ABSORB not in Path(stem).name.lower():
+        stem = f"{stem.removesuffix('.safetensors')}_{pipeline.ABSORB}"
     target = host.output_path(folder, stem)
-    lora = host.output_path("loras", f"{target.stem}_lora") if rank else None
-    return Job(weights, target, chosen, lora, rank, seed, device=host.compute_device())
+    return target, host.output_path("loras", f"{target.stem}_lora")

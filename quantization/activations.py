@@ -8,11 +8,13 @@ from ..formats import INT8, MXFP8, NVFP4, Format
 
 
 def rounded(format: Format, x: Tensor, input_scale: Tensor | None = None) -> Tensor:
-    """Inputs [tokens, in] (fp32) as the quantized matrix product of that format sees them; unchanged if it has none.
+    """Inputs [..., in] (fp32) as the quantized matrix product of that format sees them; unchanged if it has none.
 
     NVFP4 scales the whole tensor by its largest value, or by a static `input_scale` []; INT8 scales each token, after
     rotating it where the weight is rotated.
     """
+    if x.ndim != 2:
+        return rounded(format, x.flatten(0, -2), input_scale).view(x.shape)
     if isinstance(format, NVFP4):
         if input_scale is None:
             return format.decode(format.encode(x))

@@ -8,14 +8,17 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import MXFP8, NVFP4, Format
-from ..source import Source
 from .moment import BLOCK, Moment
+
+if TYPE_CHECKING:
+    from ..source import Source
 
 MOMENTS = ("full", "block", "diagonal")
 FULL_UP_TO = 4096  # in_features; a full moment of 10240 is 419 MB, its blocks of 128 are 5
@@ -23,6 +26,7 @@ NOISY: tuple[Format, ...] = (NVFP4(), MXFP8())  # formats whose rounding of the 
 SAMPLE = 512  # tokens of each site kept as they are
 FINGERPRINT_LAYERS = 8
 FINGERPRINT_WEIGHTS = 4096  # of each of them
+TABLES = ("embed_tokens", "shared", "lm_head")  # of language models, tied or left out
 SMALLEST_NORMAL = 2.0**-14  # of fp16: a host that holds bf16 weights in fp16 loses what is smaller
 
 
@@ -57,10 +61,26 @@ class Statistics:
     def moment(self) -> Moment:
         return Moment(self.second, self.in_features)
 
+    def outline(self) -> Outline:
+        return Outline(self.tokens, self.skipped, self.in_features, tuple(self.second.shape), len(self.sample),
+                       tuple(self.noise))  # fmt: skip
+
     def to(self, device: torch.device | str) -> Statistics:
         noise = {name: value.to(device) for name, value in self.noise.items()}
         return Statistics(self.tokens, self.mean.to(device), self.amax.to(device), self.second.to(device), noise,
                           self.sample.to(device), self.skipped)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The size of Statistics, without their numbers."""
+
+    tokens: int
+    skipped: int
+    in_features: int
+    second: tuple[int, ...]  # shape
+    sample: int  # tokens in it
+    noise: tuple[str, ...]  # format names
 
 
 class Accumulator:
@@ -113,7 +133,7 @@ class Accumulator:
         if not len(x):
             return
         device = self._sum.device
-        self._second += (weight * gram(x, self._second.ndim)).to(device)
+        self._second.add_(gram(x, self._second.ndim).to(device), alpha=weight)
         self._sum += (weight * x.sum(0)).to(device)
         self._amax = torch.maximum(self._amax, x.abs().amax(0).to(device))
         for format in NOISY:
@@ -133,6 +153,10 @@ class Accumulator:
         self._sample = torch.cat((self._sample[old.to(self._sample.device)], fresh))
         self._priority = priority[kept]
 
+    def outline(self) -> Outline:
+        second, noise = tuple(self._second.shape), tuple(self._noise)
+        return Outline(self._tokens, self._skipped, self.in_features, second, len(self._sample), noise)
+
     def narrow(self, moment: str) -> None:
         """Keeps only the blocks, or the diagonal, of what was collected and of what follows."""
         kept = Moment(self._second, self.in_features)
@@ -145,9 +169,10 @@ class Accumulator:
         """What was collected; None if no token was."""
         if not self._tokens:
             return None
-        second = self._second / self._weight
-        if second.ndim > 1:  # the two triangles round apart
-            second = (second + second.mT) / 2
+        if self._second.ndim == 1:
+            second = self._second / self._weight
+        else:  # the two triangles round apart
+            second = torch.add(self._second, self._second.mT).div_(2 * self._weight)
         noise = {name: value / self._weight for name, value in self._noise.items()}
         mean = self._sum / self._weight
         sample = (self._sample.float() * math.sqrt(self._tokens / self._weight)).bfloat16()
@@ -207,8 +232,9 @@ def gram(x: Tensor, ndim: int) -> Tensor:
 
 def fingerprint(source: Source) -> str:
     """sha256 of a model's layers: names, shapes, and numbers from some of them, as bf16 so that a host's cast to
-    another 16-bit type changes nothing."""
+    another 16-bit type changes nothing. Without tables that a file may hold twice and a host once."""
     layers = sorted(k for k, s in source.shapes().items() if k.endswith(".weight") and len(s) == 2)
+    layers = [key for key in layers if key.split(".")[-2] not in TABLES]
     seen = hashlib.sha256(json.dumps([[key, *source.shapes()[key]] for key in layers]).encode())
     for key in layers[:: max(1, len(layers) // FINGERPRINT_LAYERS)]:
         weight = source.weight(key.removesuffix(".weight")).flatten()

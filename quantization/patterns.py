@@ -14,11 +14,29 @@ def compile(pattern: str, regex: bool = False) -> re.Pattern:
             return re.compile(pattern)
         except re.error as error:
             raise ValueError(f"pattern '{pattern}' is no regular expression: {error}") from error
+    if mistake := _names_tensor(pattern) or _mistake(pattern):
+        raise ValueError(f"pattern '{pattern}' {mistake}")
+    return re.compile(rf"\A{_expression(pattern)}\.weight\Z")
+
+
+@cache
+def key(pattern: str) -> re.Pattern:
+    """A glob over a whole tensor key, `.weight` and all, as the expression to search in it."""
     if mistake := _mistake(pattern):
         raise ValueError(f"pattern '{pattern}' {mistake}")
+    return re.compile(rf"\A{_expression(pattern)}\Z")
+
+
+def _expression(glob: str) -> str:
     words = {"**": ".*", "**.": r"(?:[^.]+\.)*", ".**": r"(?:\.[^.]+)*"}
-    tokens = re.findall(r"\*\*\.|\.\*\*|\*\*|\{[^}]*\}|[^{}]", pattern)
-    return re.compile(rf"\A{''.join(words.get(token) or _alternatives(token) for token in tokens)}\.weight\Z")
+    tokens = re.findall(r"\*\*\.|\.\*\*|\*\*|\{[^}]*\}|[^{}]", glob)
+    return "".join(words.get(token) or _alternatives(token) for token in tokens)
+
+
+def _names_tensor(pattern: str) -> str | None:
+    if pattern.endswith(".weight") or pattern.startswith("model.diffusion_model."):
+        return "names a tensor; write the module path, without model.diffusion_model. and .weight"
+    return None
 
 
 def _mistake(pattern: str) -> str | None:
@@ -31,8 +49,6 @@ def _mistake(pattern: str) -> str | None:
         return "has a ** that is not one whole segment; write * within a segment"
     if re.search(r"^\.|\.\.|\.$|^$", pattern):
         return "has an empty segment; write names between single dots"
-    if pattern.endswith(".weight") or pattern.startswith("model.diffusion_model."):
-        return "names a tensor; write the module path, without model.diffusion_model. and .weight"
     for low, high in re.findall(r"(?<=[{,])(\d+)-(\d+)(?=[,}])", pattern):
         if int(low) > int(high):
             return f"counts down; write {high}-{low}"
@@ -61,6 +77,11 @@ def alternatives(expression: str) -> tuple[str, ...]:
         else:
             parts[-1] += token
     return tuple(parts)
+
+
+def natural(name: str) -> list:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
 def numbers(values: list[int]) -> str:

@@ -34,7 +34,7 @@ class Settings:
     rank: int = 32
     mode: str = CORRECTION
     rounding: str = BEST  # error feedback where there are statistics, else swept scales; "nearest": amax scales
-    smoothing: bool = True  # where measured better
+    smoothing: bool | None = None  # where measured better; None: in absorb mode only (docs/algorithms.md says why)
     bias: bool = True
     input_scale: bool = True
 
@@ -44,6 +44,8 @@ class Settings:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(known)}")
         if self.rank < 0:
             raise ValueError(f"rank {self.rank}: must be 0 (no correction) or more")
+        if self.smoothing is None:
+            object.__setattr__(self, "smoothing", self.mode == ABSORB)
         if self.mode == ABSORB and not self.rank:
             raise ValueError("mode absorb at rank 0: nothing could be absorbed; give a rank, 32 for instance")
 
@@ -182,12 +184,15 @@ def _moment(statistics: Statistics, centred: bool, notes: list[str]) -> Moment |
 
 
 def _choose_smoothing(format, weight, settings, statistics, moment, seed, notes) -> Tensor | None:
-    """The smoothing that lowers the error of the running layer by MIN_GAIN or more, tried on some rows; else None."""
+    """The smoothing that lowers the error of the running layer by MIN_GAIN or more; else None.
+
+    Tried on some rows, with what is known of pairs of columns within blocks of 128: the choice hangs on the input.
+    """
     if not (settings.smoothing and isinstance(format, NVFP4) and moment is not None and statistics.amax.max() > 0):
         return None
-    rows = weight[:: -(-weight.shape[0] // TRIAL_ROWS)]
-    x = statistics.sample.float()
-    trials = [None, *(smoothing.factors(weight, statistics.amax, exponent) for exponent in smoothing.EXPONENTS)]
+    rows, moment = weight[:: -(-weight.shape[0] // TRIAL_ROWS)], moment.blocks_only()
+    x, rms = statistics.sample.float(), statistics.moment().diagonal().sqrt()
+    trials = [None, *(smoothing.factors(weight, rms, exponent) for exponent in smoothing.EXPONENTS)]
     errors = []
     for smooth in trials:
         quantized, branch = _encode(format, rows, settings, statistics, moment, smooth, seed, [])

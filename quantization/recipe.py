@@ -14,17 +14,27 @@ from pathlib import Path
 
 from .. import formats
 from ..formats import Format
+from . import architecture as architectures
+from .architecture import Architecture
 from .layer_map import KEEP, LayerChoice, LayerMap, Rule, choose, label
-from .patterns import alternatives
+from .patterns import alternatives, natural
 
-__all__ = ["LayerChoice", "LayerMap", "Recipe", "Rule", "builtin", "find", "from_convert_to_quant", "names", "read"]
+__all__ = [
+    "LayerChoice", "LayerMap", "Recipe", "Rule", "builtin", "dumps", "find", "from_convert_to_quant", "loads", "names",
+    "read",
+]  # fmt: skip
 
 BUILTIN = Path(__file__).resolve().parent.parent / "recipes"
+AUTO, NONE = "auto", "none"  # an architecture found from the model's keys; no architecture
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order, the first that matches a layer wins; `default` is for the layers that none matches."""
+    """Rules in order, the first that matches a layer wins; `default` is for the layers that none matches.
+
+    `architecture` stands between them and keeps what a model should keep: one, "auto" for the one its keys belong to,
+    or None.
+    """
 
     name: str
     description: str
@@ -32,16 +42,34 @@ class Recipe:
     default: Format | None = None
     default_reason: str = "no rule matches"
     notes: tuple[str, ...] = ()  # what an import changed or left out
+    architecture: Architecture | str | None = None
 
     @property
     def digest(self) -> str:
-        """sha256 of what decides the map: formats, patterns and their order; not names, reasons or layout."""
-        rules = [[label(rule.format), rule.regex, *rule.patterns] for rule in self.rules]
-        return hashlib.sha256(json.dumps([rules, label(self.default)]).encode()).hexdigest()
+        """sha256 of what decides the map: formats, ranks, patterns and their order; not names, reasons or layout."""
+        rules = [
+            [label(rule.format), rule.regex, *rule.patterns, *([] if rule.rank is None else [rule.rank])]
+            for rule in self.rules
+        ]
+        decides = [rules, label(self.default)]
+        if self.architecture == AUTO:
+            decides.append([architectures.builtin(name).digest() for name in architectures.names()])
+        elif self.architecture is not None:
+            decides.append(self.architecture.digest())
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> LayerMap:
         """A choice for every two-dimensional `<module path>.weight` in `shapes`; the other tensors are no layers."""
-        return choose(self.rules, self.default, self.default_reason, shapes)
+        if self.architecture is None:
+            return choose(self.rules, self.default, self.default_reason, shapes)
+        found = architectures.detect(shapes) if self.architecture == AUTO else self.architecture
+        layer_map = choose(self.rules, self.default, self.default_reason, shapes, found.rules(self.default))
+        layer_map.architecture = found.name
+        if found.warning:
+            layer_map.warnings.append(found.warning)
+        if not found.fits(shapes):
+            layer_map.warnings.append(f"architecture {found.name}: these are not its keys; use auto, or the right one")
+        return layer_map
 
 
 def names() -> list[str]:
@@ -64,15 +92,23 @@ def find(name_or_path: str | Path) -> Recipe:
 def read(path: str | Path) -> Recipe:
     """The recipe in a TOML file. Raises ValueError naming file, rule and value of the first mistake."""
     try:
-        return _recipe(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")), Path(path).stem)
+        return _recipe(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")), Path(path).stem, Path(path).parent)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}; built in are {', '.join(names())}") from error
     except ValueError as error:  # bad TOML and bad UTF-8 are ValueErrors too
         raise ValueError(f"{path}: {error}") from error
 
 
-def _recipe(table: dict, stem: str) -> Recipe:
-    known = ("name", "description", "default", "default_reason", "rule")
+def loads(text: str, name: str = "recipe") -> Recipe:
+    """The recipe in a file's text; `name` where it has none of its own. Raises ValueError naming rule and value."""
+    try:
+        return _recipe(tomllib.loads(text), name, Path())
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _recipe(table: dict, name: str, folder: Path) -> Recipe:
+    known = ("name", "description", "default", "default_reason", "rule", "architecture")
     for key in table:
         if key not in known:
             raise ValueError(f"unknown key {key!r}; known are {', '.join(known)}")
@@ -89,16 +125,24 @@ def _recipe(table: dict, stem: str) -> Recipe:
     if not rules and default is None:
         raise ValueError("no rules and default keep change nothing; add a [[rule]] or set default to a format")
     return Recipe(
-        name=_value(table, "name", stem),
+        name=_value(table, "name", name),
         description=_value(table, "description", ""),
         rules=tuple(rules),
         default=default,
         default_reason=_value(table, "default_reason", Recipe.default_reason),
+        architecture=_architecture(_value(table, "architecture", NONE), folder),
     )
 
 
+def _architecture(word: str, folder: Path) -> Architecture | str | None:
+    """A name, "auto" or "none", or a .toml file below the recipe's folder or anywhere."""
+    if word in (AUTO, NONE):
+        return AUTO if word == AUTO else None
+    return architectures.read(folder / word) if word.endswith(".toml") else architectures.builtin(word)
+
+
 def _rule(table: dict) -> Rule:
-    options = ("reason", "regex", "optional")
+    options = ("reason", "regex", "optional", "rank")
     found = {key: _format(key, *options) for key in table if key not in options}
     if len(found) != 1:
         raise ValueError(f'{" and ".join(found) or "no format"}; write exactly one, as in mxfp8 = ["layers.*.w1"]')
@@ -109,7 +153,10 @@ def _rule(table: dict) -> Rule:
     reason = _value(table, "reason", "")
     if not reason.strip():
         raise ValueError('no reason; write one, reason = "...", for those who will read the recipe')
-    return Rule(format, tuple(patterns), reason, _value(table, "regex", False), _value(table, "optional", False))
+    rank = table.get("rank")
+    if rank is not None and type(rank) is not int:
+        raise ValueError(f"rank is {rank!r}; write a whole number")
+    return Rule(format, tuple(patterns), reason, _value(table, "regex", False), _value(table, "optional", False), rank)
 
 
 def _value(table: dict, key: str, default: str | bool):
@@ -127,6 +174,59 @@ def _format(word: str, *others: str) -> Format | None:
         return formats.parse(word)
     except ValueError as error:
         raise ValueError(f"{error}; other words are {', '.join((KEEP, *others))}") from error
+
+
+def dumps(
+    name: str,
+    description: str,
+    choices: Mapping[str, LayerChoice],
+    default: str = KEEP,
+    default_reason: str = Recipe.default_reason,
+) -> str:
+    """A recipe file's text with a rule for every layer, in the model's order; neighbours that agree in all share one.
+
+    A choice needs `format`, `reason` and `rank`. On the same layers the recipe makes the same choices, but that a kept
+    layer has no rank, and none of its rules is idle. Raises ValueError where there is nothing to write.
+    """
+    if not choices:
+        raise ValueError("no choices; a recipe needs at least one layer")
+    groups: list[tuple[tuple, list[str]]] = []
+    for layer in sorted(choices, key=natural):
+        choice = choices[layer]
+        if not choice.reason.strip():
+            raise ValueError(f"{layer}: no reason; every rule of a recipe has one")
+        key = (label(choice.format), choice.reason, None if choice.format is None else choice.rank)
+        if not groups or groups[-1][0] != key:
+            groups.append((key, []))
+        groups[-1][1].append(layer)
+    head = {"name": name, "description": description, "default": default, "default_reason": default_reason}
+    lines = [f"{key} = {_quoted(text)}" for key, text in head.items()]
+    for (word, reason, rank), layers in groups:
+        plain = all(re.fullmatch(r"[\w-]+(\.[\w-]+)*", layer, re.ASCII) and _is_glob(layer) for layer in layers)
+        patterns = layers if plain else [rf"\A{re.escape(layer)}\.weight\Z" for layer in layers]
+        lines += ["", "[[rule]]", f"{word} = {_list(patterns)}", f"reason = {_quoted(reason)}"]
+        lines += [] if plain else ["regex = true"]
+        lines += [] if rank is None else [f"rank = {rank}"]
+    return "\n".join(lines) + "\n"
+
+
+def _is_glob(layer: str) -> bool:
+    """Whether a module path, as a pattern, means itself."""
+    return not layer.endswith(".weight") and not layer.startswith("model.diffusion_model.")
+
+
+def _list(texts: Sequence[str]) -> str:
+    if len(texts) == 1:
+        return f"[{_quoted(texts[0])}]"
+    return "[\n" + "".join(f"    {_quoted(text)},\n" for text in texts) + "]"
+
+
+_ESCAPES = {n: f"\\u{n:04x}" for n in (*range(32), 127)} | {ord("\\"): "\\\\", ord('"'): '\\"', 10: "\\n", 9: "\\t"}
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string."""
+    return f'"{text.translate(_ESCAPES)}"'
 
 
 _INERT = {

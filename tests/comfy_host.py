@@ -72,6 +72,43 @@ def sample(model, text=PROMPTS[0], seed=5, steps=STEPS):
     return nodes.common_ksampler(model, seed, steps, 1.0, "euler", "simple", positive, negative, empty)[0]["samples"]
 
 
+CALIBRATION_PROMPTS = tuple(
+    f"{size} {colour} {shape} {place} on {background}"
+    for size, colour, shape, place, background in (
+        ("big", "red", "circle", "left", "white dots"), ("big", "blue", "star", "top", "gray plain"),
+        ("small", "green", "heart", "center", "cream stripes"), ("big", "yellow", "ring", "bottom left", "navy dots"),
+        ("small", "purple", "square", "right", "white plain"), ("big", "cyan", "moon", "top right", "black checker"),
+        ("big", "orange", "triangle", "center", "mint dots"), ("small", "pink", "diamond", "bottom", "brown stripes"),
+        ("big", "green", "arrow", "top left", "lilac plain"), ("small", "red", "cross", "left", "gray checker"),
+        ("big", "purple", "circle", "bottom right", "cream plain"), ("big", "blue", "heart", "right", "mint stripes"),
+        ("small", "orange", "star", "top", "navy checker"), ("big", "pink", "square", "top left", "black dots"),
+        ("big", "cyan", "cross", "center", "white stripes"), ("small", "yellow", "circle", "right", "brown plain"),
+        ("big", "red", "triangle", "bottom", "lilac checker"), ("small", "blue", "ring", "top", "cream dots"),
+        ("big", "green", "moon", "left", "gray stripes"), ("big", "orange", "diamond", "top right", "navy plain"),
+        ("small", "cyan", "arrow", "center", "mint plain"), ("big", "purple", "star", "bottom left", "brown dots"),
+        ("big", "yellow", "heart", "top", "black plain"), ("small", "pink", "triangle", "left", "white checker"),
+    )
+)  # fmt: skip
+
+
+CALIBRATION_PAIRS = tuple(zip(CALIBRATION_PROMPTS, range(1000, 1024), strict=True))
+
+
+def calibrate(model, pairs=CALIBRATION_PAIRS, **options):
+    """The Calibration of a model that sampled these (prompt, seed) pairs through the real node and KSampler."""
+    from tessera import host
+
+    return host.calibration_of(record(model, pairs, **options))
+
+
+def record(model, pairs=CALIBRATION_PAIRS, **options):
+    """The CALIBRATION output of TesseraCalibrate after sampling: statistics, and probe calls in `.probes`."""
+    recording, recorder = node("TesseraCalibrate").execute(model, **options).args
+    for text, seed in pairs:
+        sample(recording, text, seed)
+    return recorder
+
+
 class Trajectory:
     """What a reference model sees and answers while sampling, to put the same questions to another model."""
 
@@ -136,6 +173,31 @@ def variants(names):
     merged = nodes.LoraLoaderModelOnly().load_lora_model_only(quantized, names["lora"], 1.0)[0]
     models = {"0": quantized, "0.5": correct(0.5), "1": correct(1.0), "merged": merged}
     return load(names["bf16"]).args[0], models
+
+
+class PastHooks(torch.nn.Module):
+    """Runs a layer without its hooks while it stands in its place, as the host's fused linear does."""
+
+    def __init__(self, model, path):
+        super().__init__()
+        parent, _, self.name = path.rpartition(".")
+        self.__dict__["parent"] = model.model.get_submodule(parent)
+        self.__dict__["layer"] = getattr(self.parent, self.name)
+
+    def __enter__(self):
+        setattr(self.parent, self.name, self)
+
+    def __exit__(self, *_):
+        setattr(self.parent, self.name, self.layer)
+
+    def forward(self, x):
+        return type(self.layer).forward(self.layer, x)
+
+    def register_forward_hook(self, hook):
+        return self.layer.register_forward_hook(hook)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["layer"], name)
 
 
 def relative(a, b):

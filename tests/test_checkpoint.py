@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tessera import formats
-from tessera.checkpoint import Checkpoint
+from tessera.checkpoint import LAYER_ERRORS, PROVENANCE, Checkpoint
 from tessera.formats import TensorSpec
 from tessera.writer import Writer
 
@@ -169,6 +169,100 @@ def test_bad_layers_are_refused_by_name(tmp_path, edit, words):
     path = file_of(tmp_path / "bad.safetensors", {"a": "nvfp4"}, mark="tensors", edit=lambda t, r, m: edit(t))
     with pytest.raises(ValueError, match=rf"bad\.safetensors: a.*{words}"):
         Checkpoint(path)
+
+
+# ---- branches that are part of a layer
+
+
+RANK = 4
+UP, DOWN = torch.randn(96, RANK).half(), torch.randn(RANK, 128).half()
+
+
+def absorbed(path, label="nvfp4", edit=None, prefix="", marked=True, errors=None):
+    """A file of layers a and b in absorb mode."""
+
+    def add(tensors, records, metadata):
+        for name in "ab":
+            tensors |= {f"{prefix}{name}.absorb_up": UP.clone(), f"{prefix}{name}.absorb_down": DOWN.clone()}
+        if marked:
+            metadata[PROVENANCE] = json.dumps({"mode": "absorb"})
+        if errors:
+            metadata[LAYER_ERRORS] = json.dumps(errors)
+        if edit:
+            edit(tensors)
+
+    return file_of(path / "absorb.safetensors", {"a": label, "b": label}, prefix, edit=add)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("label", LABELS)
+def test_the_weight_of_an_absorbing_layer_includes_its_branch(tmp_path, label, prefix):
+    file = Checkpoint(absorbed(tmp_path, label, prefix=prefix))
+    format = formats.parse(label).for_shape(96, 128)
+    alone = format.decode(format.encode(weight(0)))
+    assert torch.equal(file.weight("a", absorbed=False), alone)
+    torch.testing.assert_close(file.weight("a"), alone + UP.float() @ DOWN.float())
+    assert torch.equal(file.branch("a").up, UP) and torch.equal(file.branch("a").down, DOWN)
+    assert file.shapes().keys() == {"a.weight", "b.weight"}
+
+
+def test_pre_quant_scale_smooths_the_codes_and_not_the_branch(tmp_path):
+    scale = torch.rand(128) + 0.5
+    plain, smoothed = (tmp_path / name for name in ("plain", "smoothed"))
+    for folder in (plain, smoothed):
+        folder.mkdir()
+    alone = Checkpoint(absorbed(plain)).weight("a", absorbed=False)
+    file = Checkpoint(absorbed(smoothed, edit=lambda t: t.update({"a.pre_quant_scale": scale})))
+    torch.testing.assert_close(file.weight("a"), alone * scale + UP.float() @ DOWN.float())
+
+
+def test_a_layer_without_a_branch_has_none(tmp_path):
+    file = Checkpoint(file_of(tmp_path / "a.safetensors", {"a": "nvfp4"}))
+    assert file.branch("a") is None and not file.layers["a"].absorbs
+
+
+def test_the_host_never_sees_a_branch(tmp_path):
+    file = Checkpoint(absorbed(tmp_path))
+    repaired = file.repair({k: file.read(k) for k in file.tensors})
+    suffixes = ("comfy_quant", "weight", "weight_scale", "weight_scale_2")
+    assert set(repaired) == {f"{name}.{suffix}" for name in "ab" for suffix in suffixes}
+
+
+def test_an_all_zero_weight_keeps_its_branch(tmp_path):
+    def empty(tensors):
+        tensors |= {f"a.{suffix}": torch.zeros_like(tensors[f"a.{suffix}"])
+                    for suffix in ("weight", "weight_scale", "weight_scale_2")}  # fmt: skip
+
+    torch.testing.assert_close(Checkpoint(absorbed(tmp_path, edit=empty)).weight("a"), UP.float() @ DOWN.float())
+
+
+@pytest.mark.parametrize(("edit", "words"), [
+    (lambda t: t.pop("a.absorb_up"), "absorb_up is missing, half a branch is none"),
+    (lambda t: t.pop("a.absorb_down"), "absorb_down is missing, half a branch is none"),
+    (lambda t: t.update({"a.absorb_up": UP[:95].clone()}), r"absorb_up is float16 \[95, 4\] .* a layer of \[96, 128\]"),
+    (lambda t: t.update({"a.absorb_down": DOWN[:3].clone()}), r"absorb_down is float16 \[3, 128\]"),
+    (lambda t: t.update({"a.absorb_up": UP[0].clone()}), r"absorb_up is float16 \[4\]"),
+    (lambda t: t.update({"a.absorb_up": UP[:, :0].clone(), "a.absorb_down": DOWN[:0].clone()}), r"\[96, 0\]"),
+    (lambda t: t.update({"a.absorb_up": UP.to(torch.int8)}), r"absorb_up is int8 \[96, 4\] .* must be float16"),
+    (lambda t: [t.pop(f"a.absorb_{part}") for part in ("up", "down")],
+     "absorb_up and absorb_down are missing, but the file is marked absorb: .* make it again from the original"),
+    (lambda t: t.update({"a.norm.absorb_up": UP.clone()}), r"a branch of a layer that is not quantized here"),
+])  # fmt: skip
+def test_half_or_lost_branches_are_refused_by_name(tmp_path, edit, words):
+    with pytest.raises(ValueError, match=rf"absorb\.safetensors: a.*{words}"):
+        Checkpoint(absorbed(tmp_path, edit=edit))
+
+
+def test_the_list_of_errors_says_which_layers_must_have_a_branch(tmp_path):
+    """One number: a layer of rank 0. Two: without and with its branch."""
+
+    def drop(tensors):
+        del tensors["a.absorb_up"], tensors["a.absorb_down"]
+
+    Checkpoint(absorbed(tmp_path, edit=drop, errors={"a": [0.1], "b": [0.5, 0.1]}))
+    for errors in ({"a": [0.5, 0.1]}, {"b": [0.5, 0.1], "gone": [0.5, 0.1]}):
+        with pytest.raises(ValueError, match=r"absorb\.safetensors: (a|gone): absorb_up and absorb_down are missing"):
+            Checkpoint(absorbed(tmp_path, edit=drop, errors=errors))
 
 
 def header(entries, data=b"", length=None):

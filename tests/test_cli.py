@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import killed
+from absorbing import absorb
 from conftest import ROOT
 from synthetic import block, fingerprint, noise, recipe_file, save, zimage
-from tessera import cli, formats
+from tessera import calibration_file, cli, formats
 from tessera.checkpoint import Checkpoint
 from tessera.version import VERSION
 
@@ -117,6 +119,65 @@ def test_overwrite_replaces_both_files(folder, run):
     assert sum(fingerprint(folder)[name] != before[name] for name in before) == 2
 
 
+def test_calibration_is_used_and_the_report_says_for_which_layers(tmp_path, run):
+    killed.source(tmp_path)
+    statistics = killed.statistics(Checkpoint(tmp_path / "source.safetensors"))
+    calibration_file.write(statistics, tmp_path / "inputs.safetensors")
+    (tmp_path / "foreign").mkdir()
+    save(tmp_path / "foreign" / "source.safetensors", block())
+
+    def command(source, output, *more):
+        return run(["quantize", f"{tmp_path / source}", "-o", f"{tmp_path / output}", "--recipe",
+                    f"{tmp_path / 'mine.toml'}", "--rank", "2", "--json", *more])  # fmt: skip
+
+    given = ("--calibration", f"{tmp_path / 'inputs.safetensors'}")
+    code, out, err = command("source.safetensors", "a.safetensors", *given)
+    report = json.loads(out)
+    assert code == 0 and report["basis"] == "calibrated: 3 of 8 layers, by 1 model calls"
+    missing = f"{', '.join(killed.LAYERS[3:6])}, ..."
+    assert f"note: no statistics for 5 of 8 layers ({missing}): they are quantized data-free" in err
+    assert [row["calibrated"] for row in report["layers"]] == [True] * 3 + [False] * 5
+    assert all((row["output_error"] is None) != row["calibrated"] for row in report["layers"])
+    code, out, _ = command("source.safetensors", "b.safetensors", *given, "--rounding", "sweep")
+    assert json.loads(out)["basis"] == "data-free: rounding sweep takes no statistics, the calibration was not used"
+    code, _, err = command("foreign/source.safetensors", "c.safetensors", *given)
+    assert code == 1 and re.search(r"tessera: source\.safetensors: statistics of another model \(\w{12}, this", err)
+    code, out, _ = command("source.safetensors", "d_absorb.safetensors", *given, "--mode", "absorb", "--smoothing")
+    report = json.loads(out)
+    assert code == 0 and report["mode"] == "absorb" and report["lora"] is None
+    assert any("layers are smoothed" in warning for warning in report["warnings"])
+    code, _, err = command("source.safetensors", "d.safetensors", *given, "--mode", "absorb")
+    assert code == 1 and "d.safetensors: name it with the word absorb, d_absorb.safetensors for instance" in err
+
+
+def test_verbose_is_a_line_per_layer(folder, run):
+    code, _, err = run("quantize source.safetensors -o new.safetensors --recipe mine.toml --verbose")
+    lines = err.splitlines()
+    assert code == 0 and len(lines) == 3
+    for name, line in zip(LAYERS, lines, strict=True):
+        assert re.match(rf" *\d+% {re.escape(name)}, (nvfp4|mxfp8), weight error 0\.\d+ \(0\.\d+ with its", line)
+
+
+def test_kill_and_resume_give_the_bytes_of_an_undisturbed_run(tmp_path, run):
+    """From outside, with SIGKILL, as soon as the journal knows of a layer."""
+    weights = {f"layers.{n}.w.weight": noise(1024, 1024, seed=n) for n in range(24)}
+    save(tmp_path / "source.safetensors", weights)
+    recipe_file(tmp_path / "mine.toml", ("nvfp4", "**"))
+    sound = [str(tmp_path / word) if word.endswith(("s", "toml")) else word for word in SOUND.split()]
+    command = [*sound, "--recipe", str(tmp_path / "mine.toml")]
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(ROOT), *command])
+    while not any(path.read_text().count("\n") > 1 for path in tmp_path.glob(".*.journal")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    code, out, _ = run([*command, "--resume"])
+    resumed = {path.name: path.read_bytes() for path in tmp_path.glob("*")}
+    assert code == 0 and "- note: resumed: " in out and not [name for name in resumed if name.startswith(".")]
+    assert run([*command, "--overwrite"])[0] == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*")} == resumed
+
+
 def test_inspect_shows_layers_errors_and_provenance(folder, run):
     code, out, _ = run("inspect done.safetensors")
     assert code == 0 and "quantized: 2 nvfp4, 1 mxfp8" in out and all(name in out for name in LAYERS)
@@ -125,6 +186,28 @@ def test_inspect_shows_layers_errors_and_provenance(folder, run):
         len(row["error"]) == 2 for row in found["layers"]
     )
     assert found["provenance"]["version"] == VERSION and found["provenance"]["recipe"]["name"] == "mine"
+
+
+def test_inspect_tells_the_mode_and_the_ranks_of_branches_inside_the_file(folder, run):
+    absorb("source.safetensors", "absorb.safetensors", {LAYERS[0]: "nvfp4", LAYERS[1]: "mxfp8"}, rank=8)
+    code, out, _ = run("inspect absorb.safetensors")
+    assert code == 0 and "absorb: 2 layers have a branch inside the file, rank 8; only Tessera's loader" in out
+    found = json.loads(run("inspect absorb.safetensors --json")[1])
+    assert found["mode"] == "absorb" and [row["rank"] for row in found["layers"]] == [8, 8]
+    assert json.loads(run("inspect done.safetensors --json")[1])["mode"] is None
+
+
+def test_inspect_and_verify_mark_smoothed_layers(folder, run):
+    absorb("source.safetensors", "absorb.safetensors", dict.fromkeys(LAYERS[:2], "nvfp4"), 8, {LAYERS[1]})
+    _, out, _ = run("inspect absorb.safetensors")
+    assert "smoothed: 1 layers have a pre_quant_scale; " in out
+    marked = [f"{LAYERS[0]}  nvfp4  ", f"{LAYERS[1]}  nvfp4 smoothed  "]
+    assert all(line in out for line in marked)
+    code, out, _ = run("verify absorb.safetensors --against source.safetensors")
+    assert code == 0 and all(line in out for line in marked)
+    found = json.loads(run("inspect absorb.safetensors --json")[1])["layers"]
+    assert [row["smoothed"] for row in found] == [False, True]
+    assert "smoothed" not in run("inspect done.safetensors")[1]
 
 
 def test_inspect_takes_a_plain_file(folder, run):
@@ -248,8 +331,8 @@ BAD = {  # what is wrong: (what makes it so, the command, what the line says)
                      r"new\.gguf: name it \.safetensors"),
     "another model's recipe": (None, f"{SOUND.replace('source', 'done_lora')} --recipe int8_convrot",
                                r"done_lora\.safetensors: recipe int8_convrot quantizes none .*; choose a recipe"),
-    "no recipe": (None, SOUND, r"--recipe is missing; built in are int8_convrot"),
-    "unknown recipe": (None, f"{SOUND} --recipe q4_k_m", r"no recipe 'q4_k_m'; known are int8_convrot.*\.toml"),
+    "no recipe": (None, SOUND, r"--recipe is missing; built in are int8, int8_convrot"),
+    "unknown recipe": (None, f"{SOUND} --recipe q4_k_m", r"no recipe 'q4_k_m'; known are int8, int8_convrot.*\.toml"),
     "missing recipe": (None, f"{SOUND} --recipe no.toml", r"no\.toml: cannot be read: No such file.*; built in are"),
     "broken recipe": (text("r.toml", "[[rule]\n"), f"{SOUND} --recipe r.toml", r"r\.toml: .*line 1"),
     "recipe with a typo": (text("r.toml", '[[rule]]\nnvpf4 = ["**"]\nreason = "x"\n'), f"{SOUND} --recipe r.toml",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_host import Trajectory, node, relative, sample
+from comfy_host import PastHooks, Trajectory, node, relative, sample
 
 pytestmark = pytest.mark.host
 LAYER = "diffusion_model.layers.0.feed_forward.w1"
@@ -161,6 +161,35 @@ def test_diffusers_names_change_only_their_rows(model, tiny, models):
     assert relative(delta[..., 256:512], 0.01 * x @ (up @ down).T) < 1e-3
 
 
+def test_a_bias_difference_acts_as_with_cores_loader(models, tiny):
+    """On a layer that is not quantized, where core's merging is exact."""
+    import nodes
+
+    generator = torch.Generator().manual_seed(2)
+    name = "diffusion_model.t_embedder.mlp.0"
+    model = load("UNETLoader", tiny["bf16"])
+    layer = model.model.get_submodule(name)
+    pair = {"lora_up.weight": torch.randn(layer.out_features, 4, generator=generator) * 0.02,
+            "lora_down.weight": torch.randn(4, layer.in_features, generator=generator) * 0.02}  # fmt: skip
+    bias = torch.randn(layer.out_features, generator=generator)
+    for file, extra in (("pair.safetensors", {}), ("biased.safetensors", {"diff_b": bias})):
+        save_file({f"{name}.{k}": v for k, v in (pair | extra).items()}, models / "loras" / file)
+    x = torch.randn(3, layer.in_features, generator=generator)
+    for strength in (0.5, 1.0):
+        for attach in (correct, nodes.LoraLoaderModelOnly().load_lora_model_only):
+            found = []
+            for file in ("pair.safetensors", "biased.safetensors"):
+                made = attach(model, file, strength)
+                made = made if attach is correct else made[0]
+                forward(made)  # loads and patches
+                made.inject_model()
+                found.append(made.model.get_submodule(name)(x))
+                made.eject_model()
+            torch.testing.assert_close(found[1] - found[0], (strength * bias).expand(3, -1), rtol=0, atol=0.01)
+    [side] = correct(model, "biased.safetensors", 1.0).get_nested_additional_models()
+    assert side.model_size() == sum(t.nbytes for t in [*pair.values(), bias])
+
+
 def test_strength_written_to_an_injected_model_acts_at_once(model, tiny, pair):
     """What a strength schedule does: no reload, no new hook."""
     fixed = correct(model, tiny["lora"], 1.0)
@@ -212,30 +241,10 @@ def test_a_lora_for_another_model_is_refused(model, models):
 def test_layers_that_run_past_their_correction_are_reported(model, tiny, caplog):
     """Hosts with fused linears (`linear_input_act`) bypass forward hooks; the node must not stay silent about it."""
     fixed = correct(model, tiny["lora"], 1.0)
-    layer = fixed.model.get_submodule(LAYER)
-    skipped = type(layer).forward.__get__(layer)
-    layer_call, parent = layer, fixed.model.get_submodule(LAYER.rpartition(".")[0])
-    parent.w1 = Unhooked(layer, skipped)
-    try:
+    with PastHooks(fixed, LAYER):
         sample(fixed)
         fixed.eject_model()
-    finally:
-        parent.w1 = layer_call
-    assert "ran past their correction" in caplog.text and "w1" in caplog.text
-
-
-class Unhooked(torch.nn.Module):
-    """Runs a layer's forward without its hooks, as the host's fused linear does."""
-
-    def __init__(self, layer, forward):
-        super().__init__()
-        self.__dict__["layer"], self.__dict__["run"] = layer, forward
-
-    def forward(self, x):
-        return self.run(x)
-
-    def register_forward_hook(self, *a, **k):
-        return self.layer.register_forward_hook(*a, **k)
+    assert f"layers ran past their branch, or not at all (first: {LAYER}): they are not corrected" in caplog.text
 
 
 def test_the_correction_of_the_file_is_found_beside_it(tiny):

@@ -1,15 +1,19 @@
 """Inside the real ComfyUI: quantized Qwen3-4B text encoders, real width and vocabulary, 3 of the 36 layers."""
 
 import gc
+import logging
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from absorbing import absorb
+from comfy_host import relative
 from tessera import formats
 from tessera.checkpoint import Checkpoint
 from tessera.job import Job
 from tessera.quantization import recipe
+from tessera.quantization.pipeline import Settings
 
 pytestmark = pytest.mark.host
 LAYERS = 3
@@ -50,7 +54,7 @@ def quantize(source, name, rules):
     made = tuple(recipe.Rule(formats.parse(label), (pattern,), "test") for label, pattern in rules)
     target = source.with_name(name)
     target.unlink(missing_ok=True)
-    Job(Checkpoint(source), target, recipe.Recipe(name, "", made), rank=0, sweep=False).run()
+    Job(Checkpoint(source), target, recipe.Recipe(name, "", made), settings=Settings(0, rounding="nearest")).run()
     return target
 
 
@@ -131,3 +135,28 @@ def test_a_loaded_clip_is_the_same_source_as_its_file(encoder):
         assert torch.equal(source.weight(name), file.weight(name))
     for key in ("model.norm.weight", f"{EMBEDDING}.weight"):
         assert source.tensors[key] == file.tensors[key] and torch.equal(source.read(key), file.read(key))
+
+
+def test_an_absorb_encoder_encodes_as_its_decoded_weights_and_so_do_its_clones(encoder, caplog):
+    import comfy.model_management
+
+    names = [f"model.layers.{i}.self_attn.{part}" for i in range(LAYERS) for part in ("k_proj", "v_proj")]
+    target = absorb(encoder, encoder.with_name("qwen_absorb.safetensors"), dict.fromkeys(names, "mxfp8"), rank=8)
+    file, truth = Checkpoint(target), stock(encoder)
+    transformer = truth.cond_stage_model.qwen3_4b.transformer
+    for name in names:
+        transformer.get_submodule(name).weight = torch.nn.Parameter(file.weight(name), requires_grad=False)
+    expected = encode(truth)
+    with caplog.at_level(logging.INFO):
+        clip = ours(target)
+    assert f"{len(names)} layers with a low-rank branch inside the file" in caplog.text
+    for made in (clip, clip.clone(), clip):
+        assert relative(encode(made), expected) < 1e-5
+    [side] = clip.patcher.get_nested_additional_models()
+    loaded = [entry.model.model for entry in comfy.model_management.current_loaded_models]
+    assert any(model is side.model for model in loaded)  # counted and moved like any model
+    comfy.model_management.unload_all_models()
+    assert not any(module._forward_hooks for module in clip.cond_stage_model.modules())
+    assert relative(encode(clip), expected) < 1e-5
+    assert relative(encode(stock(target)), expected) > 0.01  # without its branches
+    target.unlink()

@@ -123,11 +123,14 @@ def test_report_is_shown_in_the_node(host, first):
 def test_progress_names_the_layer_and_the_time_left(host, first):
     events = [e["data"] for e in first[1]]
     texts = [d["text"] for d in events if d.get("node_id") == "quantize" and "text" in d]
-    assert "0/28 context_refiner.0.attention.qkv" in texts
-    assert any(re.fullmatch(r"27/28 noise_refiner\.1\.feed_forward\.w1, \d+:\d\d left", text) for text in texts)
+    assert "0/28 context_refiner.0.attention.qkv\nmxfp8" in texts
+    shown = (
+        r"27/28 noise_refiner\.1\.feed_forward\.w1, \d+:\d\d left\nmxfp8; before: noise_refiner.*, weight error 0\..*"
+    )
+    assert any(re.fullmatch(shown, text) for text in texts)
     bars = [d["nodes"]["quantize"] for d in events if "quantize" in d.get("nodes", {})]
-    values = [bar["value"] for bar in bars if bar["max"] == 56]
-    assert len(values) > 1 and max(values) == 56 and values == sorted(values)
+    values = [bar["value"] for bar in bars if bar["max"] == 1000]
+    assert len(values) > 1 and max(values) == 1000 and values == sorted(values)
 
 
 def test_strength_runs_again_only_from_the_correction_on(host, first):
@@ -382,6 +385,20 @@ def test_example_load_and_correct_is_valid_and_runs(host, first):
     shutil.copy(host.models("loras") / "whole_lora.safetensors",
                 host.models("loras") / "z_image_turbo_nvfp4_lora.safetensors")  # fmt: skip
     assert picture(host, host.run(for_tiny(prompt))).std() > 20
+
+
+def test_an_absorb_model_is_named_so_needs_no_lora_and_samples(host):
+    made = quantize("inside", mode="absorb", rank=16)
+    graph = {
+        "quantize": made,
+        "load": node("TesseraDiffusionModelLoader", unet_name=["quantize", 0], weight_dtype="default"),
+        **sampling(["load", 0]),
+    }
+    entry = host.run(graph)
+    report = entry["outputs"]["quantize"]["tessera_report"][0]
+    assert (report["model"], report["lora"], report["mode"]) == ("inside_absorb.safetensors", None, "absorb")
+    assert (host.models("diffusion_models") / "inside_absorb.safetensors").is_file()
+    assert picture(host, entry).std() > 20
 
 
 def test_quantize_seed_does_not_change_by_itself(host):

@@ -10,12 +10,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import killed
 from synthetic import block, fingerprint, noise, qwen, recipe_file, save, zimage
 from tessera import formats
 from tessera.checkpoint import Checkpoint, read_header
 from tessera.formats import TensorSpec
 from tessera.job import Job, Step, lora_path, natural
+from tessera.progress import Cost, Estimate
 from tessera.quantization import pipeline, recipe
+from tessera.quantization.pipeline import Settings
+from tessera.quantization.report import LayerReport, Report
 from tessera.version import VERSION
 from tessera.writer import Writer
 
@@ -80,7 +84,7 @@ def test_stored_layers_are_what_the_pipeline_computes(made):
     for name in list(model.layers)[SAMPLE]:
         layer = model.layers[name]
         seed = pipeline.layer_seed(5, name)
-        expected = pipeline.quantize(layer.format, work.source.weight(name), RANK, seed)
+        expected = pipeline.quantize(layer.format, work.source.weight(name), Settings(rank=RANK), seed)
         entries = {suffix: model.read(f"{name}.{suffix}") for suffix in expected.entries}
         assert all(same_bytes(entries[suffix], tensor) for suffix, tensor in expected.entries.items()), name
         for part in ("up", "down"):
@@ -372,7 +376,7 @@ def test_cancelling_anywhere_leaves_the_folder_as_it_was(folder, where, overwrit
 
     def progress(step):
         if step.layer == where:
-            assert len(fingerprint(folder)) == len(before) + 2  # the hidden halves are there
+            assert len(fingerprint(folder)) == len(before) + 3  # the hidden halves and the journal are there
             raise Cancelled
 
     with pytest.raises(Cancelled):
@@ -544,3 +548,135 @@ def test_layers_only_our_loader_can_take_are_warned_about(tmp_path, tensors, lay
                Job(Checkpoint(source), tmp_path / "out.safetensors", chosen).warnings)  # fmt: skip
     int8 = recipe.find(recipe_file(tmp_path / "i.toml", ("int8_row", layer)))
     assert not any(why in w for w in Job(Checkpoint(source), tmp_path / "out.safetensors", int8).warnings)
+
+
+# ---- with statistics
+
+
+@pytest.fixture(scope="module", params=["correction", "absorb"])
+def calibrated(request, tmp_path_factory):
+    """(finished job, its report, the model, its LoRA or None) of a job with statistics for some of its layers."""
+    folder = tmp_path_factory.mktemp(f"calibrated_{request.param}")
+    killed.source(folder)
+    work = killed.job(folder, request.param)
+    report = work.run()
+    return work, report, Checkpoint(work.target), Checkpoint(work.lora) if work.lora else None
+
+
+def expected_layer(work, name):
+    bias = work.source.read(f"{name}.bias").float() if f"{name}.bias" in work.source.tensors else None
+    return pipeline.quantize(work.formats()[name], work.source.weight(name), work.settings,
+                             pipeline.layer_seed(work.seed, name), work.calibration.of(name), bias)  # fmt: skip
+
+
+def test_calibrated_layers_are_what_the_pipeline_computes(calibrated):
+    work, report, model, lora = calibrated
+    for row in report.layers:
+        expected = expected_layer(work, row.name)
+        for suffix, tensor in expected.entries.items():
+            stored = model.read(f"{row.name}.{suffix}")
+            assert same_bytes(stored, tensor.bfloat16() if suffix == "bias" else tensor), (row.name, suffix)
+        for part in ("up", "down"):
+            key = f"diffusion_model.{row.name}.lora_{part}.weight" if lora else f"{row.name}.absorb_{part}"
+            assert torch.equal((lora or model).read(key), getattr(expected.branch, part))
+        numbers = (expected.error, expected.corrected_error, expected.output_error, expected.corrected_output_error)
+        assert (row.error, row.corrected_error, row.output_error, row.corrected_output_error) == numbers
+        assert row.calibrated == (row.name in killed.CALIBRATED) == (row.output_error is not None)
+
+
+def test_a_corrected_bias_takes_the_sources_place_and_the_loras_part_of_it_is_diff_b(calibrated):
+    work, _, model, lora = calibrated
+    biased = [name for name in killed.LAYERS if f"{name}.bias" in work.source.tensors]
+    for name in biased:
+        changed = not torch.equal(model.read(f"{name}.bias"), work.source.read(f"{name}.bias"))
+        assert changed == (name in killed.CALIBRATED) and model.read(f"{name}.bias").dtype == torch.bfloat16
+    if lora:
+        parts = {key for key in lora.tensors if key.endswith(".diff_b")}
+        assert parts == {f"diffusion_model.{name}.diff_b" for name in biased if name in killed.CALIBRATED}
+        assert all(lora.tensors[key] == TensorSpec(torch.float32, (killed.OUT,)) for key in parts)
+
+
+def test_an_absorb_file_says_so_and_its_branches_are_part_of_its_weights(tmp_path, calibrated):
+    work, report, model, lora = calibrated
+    provenance = json.loads(model.metadata["tessera"])
+    assert provenance["mode"] == work.settings.mode == report.mode
+    assert provenance["calibration"] == work.calibration.digest()
+    assert (lora is None) == (report.lora is None) == ("tessera_warning" in model.metadata) == (report.mode == "absorb")
+    if report.mode == "absorb":
+        assert "Only Tessera's Diffusion Model Loader" in model.metadata["tessera_warning"]
+        for row in report.layers:
+            weight = work.source.weight(row.name)
+            errors = [float((model.weight(row.name, absorbed=part) - weight).norm() / weight.norm()) for part in (0, 1)]
+            assert errors == pytest.approx([row.error, row.corrected_error], rel=1e-4) and errors[0] > 2 * errors[1]
+
+
+def test_the_same_calibrated_job_again_takes_the_files_that_are_there(calibrated):
+    work, report, *_ = calibrated
+    folder = work.target.parent.parent
+    before = fingerprint(folder)
+    again = killed.job(folder, work.settings.mode).run()
+    assert fingerprint(folder) == before and "nothing was written" in again.warnings[-1]
+    for mine, theirs in zip(again.layers, report.layers, strict=True):
+        same = ("name", "format", "nbytes", "rank", "calibrated")
+        assert [getattr(mine, field) for field in same] == [getattr(theirs, field) for field in same]
+        for field in ("error", "corrected_error", "output_error", "corrected_output_error"):
+            assert getattr(mine, field) == pytest.approx(getattr(theirs, field), abs=1e-6)
+    with pytest.raises(ValueError, match="already exists"):
+        killed.job(folder, work.settings.mode, calibrated=False).run()
+
+
+def test_report_shows_output_errors_and_what_was_not_calibrated(calibrated):
+    report = calibrated[1]
+    text = report.markdown()
+    assert "calibrated: 3 of 8 layers" in text and "mean output error: 0." in text
+    assert "no statistics for 5 of 8 layers" in text
+    words = "with branch" if report.mode == "absorb" else "with correction"
+    header = next(line for line in text.splitlines() if line.startswith("| layer "))
+    assert header == f"| layer | format | MB | weight error | {words} | output error | {words} | s |"
+
+
+def test_remarks_about_layers_are_said_once_with_how_many_they_are_about():
+    rows = [LayerReport(f"l{n}", "nvfp4", (1, 1), 1, 0.1, notes=("odd",) if n < 3 else ()) for n in range(5)]
+    rows[4].notes = ("alone",)
+    report = Report("m", None, "s", "r", 0, 0, rows)
+    assert report.remarks() == ["3 layers (first: l0): odd", "l4: alone"]
+
+
+def test_statistics_of_another_model_are_refused(tmp_path):
+    killed.source(tmp_path)
+    other = Checkpoint(save(tmp_path / "other.safetensors", {f"{name}.weight": noise(8, 64) for name in killed.LAYERS}))
+    chosen = recipe.find(tmp_path / "mine.toml")
+    with pytest.raises(
+        ValueError, match=r"other\.safetensors: statistics of another model \(.*; record them with this"
+    ):
+        Job(other, tmp_path / "new.safetensors", chosen,
+            calibration=killed.statistics(Checkpoint(tmp_path / "source.safetensors")))  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["correction", "absorb"])
+def test_a_layers_own_rank_counts_and_rank_zero_has_no_branch(folder, mode):
+    path = folder / "ranks.toml"
+    path.write_text(
+        '[[rule]]\nnvfp4 = ["**.qkv"]\nrank = 3\nreason = "a"\n[[rule]]\nnvfp4 = ["**.out"]\nrank = 0\nreason = "b"\n'
+        '[[rule]]\nint8_row = ["**.w1"]\nreason = "c"\n'
+    )
+    work = Job(Checkpoint(folder / "source.safetensors"), folder / "out" / "absorb.safetensors", recipe.find(path),
+               settings=Settings(rank=5, mode=mode))  # fmt: skip
+    report = work.run()
+    assert {row.name.rpartition(".")[2]: row.rank for row in report.layers} == {"qkv": 3, "out": 0, "w1": 5}
+    assert [row.corrected_error is None for row in report.layers] == [row.rank == 0 for row in report.layers]
+    file = Checkpoint(work.lora or work.target)
+    ranks = {key: min(spec.shape) for key, spec in file.tensors.items() if "lora_" in key or "absorb_" in key}
+    assert sorted(ranks.values()) == [3, 3, 5, 5]
+
+
+def test_seconds_left_follow_what_layers_of_each_kind_took():
+    costs = {f"{kind}{n}": Cost(kind, 2.0) for kind in "ab" for n in range(3)}
+    estimate = Estimate(costs)
+    assert estimate.seconds_left() is None and estimate.share() == 0
+    estimate.done("a0", 4.0)
+    assert estimate.seconds_left() == 5 * 4.0  # b as much off as a, until measured
+    estimate.done("b0", 1.0)
+    assert estimate.seconds_left() == 2 * 4.0 + 2 * 1.0 and estimate.share() == pytest.approx(5 / 15)
+    estimate.width = 2
+    assert estimate.seconds_left() == 5.0

@@ -72,6 +72,16 @@ def test_without_alpha_the_scale_is_1(tmp_path):
         torch.testing.assert_close(pair.weight(), UP @ DOWN)
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_bias_difference_is_read_beside_its_pair(tmp_path, prefix):
+    """As ComfyUI reads it: alpha belongs to the pair alone."""
+    base, bias = "diffusion_model.a", random(12)
+    tensors = {f"{base}.lora_up.weight": UP, f"{base}.lora_down.weight": DOWN, f"{base}.alpha": torch.tensor(2.0)}
+    pairs = read(tmp_path, tensors | {f"diffusion_model.{prefix}a.diff_b": bias, "b.lora_up": UP, "b.lora_down": DOWN})
+    assert torch.equal(pairs[base].bias, bias) and torch.equal(pairs[base].up, UP / 2)
+    assert pairs["b"].bias is None
+
+
 @pytest.mark.parametrize(("base", "bare"), [
     ("diffusion_model.model.diffusion_model.layers.0.w1", "diffusion_model.layers.0.w1"),
     ("diffusion_model.diffusion_model.layers.0.w1", "diffusion_model.layers.0.w1"),
@@ -100,6 +110,14 @@ def test_repeated_prefixes_are_stripped(tmp_path, base, bare):
     ({"a.oft_blocks": UP}, "a.oft_blocks: a oft adapter"),
     ({"a.lora_mid.weight": UP}, "a.lora_mid.weight: a lora_mid adapter"),
     ({"a.diff": UP}, "a.diff: a diff adapter"),
+    ({"a.diff_b": random(12)}, "a.diff_b: a bias difference without a low-rank pair; .*LoraLoader"),
+    ({"a.lora_up.weight": UP, "a.diff_b": random(12)}, "a: lora_down is missing"),
+    ({"a.lora_up.weight": UP, "a.lora_down.weight": DOWN, "a.diff_b": random(11)},
+     r"a: diff_b is float32 \[11\], the layer has 12 outputs; .*damaged"),
+    ({"a.lora_up.weight": UP, "a.lora_down.weight": DOWN, "a.diff_b": random(12, 1)},
+     r"a: diff_b is float32 \[12, 1\]"),
+    ({"a.lora_up.weight": UP, "a.lora_down.weight": DOWN, "a.diff_b": torch.ones(12, dtype=torch.int8)},
+     r"a: diff_b is int8 \[12\]"),
     ({"a.weight": UP}, "a.weight: not a LoRA tensor; .*LoraLoader"),
     ({"scalar": UP}, "scalar: not a LoRA tensor"),
 ])  # fmt: skip

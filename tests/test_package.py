@@ -88,6 +88,7 @@ MAY_IMPORT = {
     "formats": {"formats", "kernels"},
     "quantization": {"quantization", "formats", "kernels"},
     "recipes": set(),
+    "architectures": set(),
 }
 
 

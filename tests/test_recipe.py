@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from tessera import formats
 from tessera.formats import BF16, INT8, MXFP8, NVFP4
+from tessera.quantization import architecture
 from tessera.quantization import recipe as recipes
-from tessera.quantization.layer_map import label
+from tessera.quantization.layer_map import LayerChoice, label
 from tessera.quantization.patterns import alternatives, compile
 from tessera.quantization.recipe import Recipe, Rule
 
@@ -55,6 +57,7 @@ BLOCKS = {  # formats of PARTS, block by block; context refiners have no modulat
     "int8_convrot": """
         layers 0-29 IIIIIB   context_refiner 0-1 IIIII   noise_refiner 0-1 IIIIIB""",
 }
+GENERIC = ("nvfp4", "mxfp8", "int8")
 COUNTS = {
     "z_image_nvfp4": {"nvfp4": 102, "mxfp8": 66, "keep": 40},
     "z_image_mxfp8": {"mxfp8": 161, "keep": 47},
@@ -118,7 +121,7 @@ def written(path, text):
 
 
 def test_the_recipes_that_come_with_tessera():
-    assert recipes.names() == sorted(BLOCKS)
+    assert recipes.names() == sorted([*BLOCKS, *GENERIC])
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -386,7 +389,7 @@ def test_toml_rule_has_every_field(tmp_path):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("rule = 3 4", "at line 1"),
-    ('title = "x"', "unknown key 'title'; known are name, description, default, default_reason, rule"),
+    ('title = "x"', "unknown key 'title'; known are name, description, default, default_reason, rule, architecture"),
     ("name = 3\ndefault = 'mxfp8'", "name is 3; write a text in quotes"),
     ('default = "int9"', "unknown format 'int9'; known are .*nvfp4.*; other words are keep"),
     ('default = "keep"', "no rules and default keep change nothing; add"),
@@ -395,7 +398,7 @@ def test_toml_rule_has_every_field(tmp_path):
     ('[[rule]]\nmxfp8 = ["a"]\nreason = "r"\n[[rule]]\nmxfp8 = ["a"]\nnvfp4 = ["b"]\nreason = "r"',
      "rule 2: mxfp8 and nvfp4; write exactly one"),
     ('[[rule]]\nint9 = ["a"]\nreason = "r"',
-     "rule 1: unknown format 'int9'; known are .*; other words are keep, reason, regex, optional"),
+     "rule 1: unknown format 'int9'; known are .*; other words are keep, reason, regex, optional, rank"),
     ('[[rule]]\nint8_convrot_512 = ["a"]\nreason = "r"', "rule 1: convrot group 512 is not a power of 4"),
     ('[[rule]]\nmxfp8 = "a"\nreason = "r"', "rule 1: mxfp8 is 'a'; write a list of patterns"),
     ('[[rule]]\nmxfp8 = [1]\nreason = "r"', r"rule 1: mxfp8 is \[1\]; write a list"),
@@ -406,6 +409,14 @@ def test_toml_rule_has_every_field(tmp_path):
     ('[[rule]]\nmxfp8 = ["a"]\nreason = "r"\noptional = 1', "rule 1: optional is 1; write true or false"),
     ('[[rule]]\nmxfp8 = ["a("]\nreason = "r"\nregex = true', r"rule 1: pattern 'a\(' is no regular expression"),
     ('[[rule]]\nmxfp8 = ["a.{b"]\nreason = "r"', "rule 1: pattern 'a.{b' has a bad brace"),
+    ('[[rule]]\nmxfp8 = ["a"]\nreason = "r"\nrank = 1.5', "rule 1: rank is 1.5; write a whole number"),
+    ('[[rule]]\nmxfp8 = ["a"]\nreason = "r"\nrank = true', "rule 1: rank is True; write a whole number"),
+    ('[[rule]]\nmxfp8 = ["a"]\nreason = "r"\nrank = -1', r"rule 1: rank = -1; write 0 \(no low rank\) to 256"),
+    ('[[rule]]\nmxfp8 = ["a"]\nreason = "r"\nrank = 257', "rule 1: rank = 257; write 0"),
+    ('[[rule]]\nkeep = ["a"]\nreason = "r"\nrank = 8', "rule 1: rank = 8 for layers that are kept, .* delete it"),
+    ('default = "mxfp8"\narchitecture = 3', "architecture is 3; write a text in quotes"),
+    ('default = "mxfp8"\narchitecture = "flux9"', "no architecture 'flux9'; known are auto, none, .* or a .toml file"),
+    ('default = "mxfp8"\narchitecture = "gone.toml"', "gone.toml: cannot be read"),
 ])  # fmt: skip
 def test_a_mistake_in_a_file_is_named(tmp_path, text, words):
     with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}.bad\.toml: .*{words}"):
@@ -414,7 +425,9 @@ def test_a_mistake_in_a_file_is_named(tmp_path, text, words):
 
 @pytest.mark.parametrize("name", ["nvfp5", "../recipes/z_image_nvfp4"])
 def test_unknown_builtin_lists_the_known(name):
-    with pytest.raises(ValueError, match=f"no recipe '{name}'; known are int8_convrot, z_image_mxfp8, z_image_nvfp4"):
+    with pytest.raises(
+        ValueError, match=f"no recipe '{name}'; known are int8, int8_convrot, mxfp8, nvfp4, z_image_mxfp8"
+    ):
         recipes.find(name)
 
 
@@ -435,3 +448,225 @@ def test_real_z_image_has_the_reference_files_size(name, nbytes):
     layers = {f"{n}.weight": c.format for n, c in recipes.builtin(name).resolve(shapes).items() if c.format is not None}
     kept = sum(2 * math.prod(shape) for key, shape in shapes.items() if key not in layers)
     assert kept + sum(format.nbytes(*shapes[key]) for key, format in layers.items()) == nbytes
+
+
+# ---- rank
+
+
+def test_rank_of_a_rule_is_the_rank_of_its_layers(tmp_path):
+    text = """default = "mxfp8"
+        [[rule]]
+        nvfp4 = ["a"]
+        reason = "r"
+        rank = 64
+        [[rule]]
+        nvfp4 = ["b"]
+        reason = "r"
+        rank = 0
+        [[rule]]
+        nvfp4 = ["c"]
+        reason = "r"
+    """
+    layer_map = recipes.read(written(tmp_path / "ranks.toml", text)).resolve(shapes("a", "b", "c", "d"))
+    assert {layer: choice.rank for layer, choice in layer_map.items()} == {"a": 64, "b": 0, "c": None, "d": None}
+
+
+def test_rank_decides_like_a_format():
+    """Same format, other rank: neither redundant nor in agreement."""
+    rules = (Rule(NVFP4(), ("a.0",), "r", rank=64), Rule(NVFP4(), ("a.*",), "r"))
+    assert Recipe("test", "", rules).resolve(shapes("a.0", "a.1")).warnings == [
+        "rule 1 (nvfp4, rank 64) and rule 2 (nvfp4) both match a.0; rule 1 comes first and wins"
+    ]
+
+
+def test_digest_covers_rank_only_where_one_is_given():
+    plain, low, high = (Recipe("x", "", (Rule(MXFP8(), ("a",), "r", rank=rank),)) for rank in (None, 0, 64))
+    assert plain.digest == recipe((MXFP8(), "a")).digest
+    assert len({plain.digest, low.digest, high.digest}) == 3
+
+
+# ---- architecture
+
+MINE = """
+blocks = ["layers.*.**"]
+[[keep]]
+layers = ["layers.*.attention.qkv"]
+reason = "mine"
+"""
+
+
+@pytest.mark.parametrize(("name", "format"), [("nvfp4", "nvfp4"), ("mxfp8", "mxfp8"), ("int8", "int8_convrot_256")])
+def test_generic_recipe_packs_what_the_architecture_does_not_keep(name, format):
+    layer_map = recipes.builtin(name).resolve(ZIMAGE)
+    assert layer_map.counts() == {format: 170, "keep": 38}
+    assert layer_map.architecture == "z_image"
+    assert layer_map["cap_embedder.1"].reason.endswith("this weight's shape (z_image)")
+    assert (layer_map.warnings, layer_map.problems) == ([], [])
+    assert {choice.rule for choice in layer_map.values()} == {None}
+
+
+@pytest.mark.parametrize("word", ["auto", "z_image"])
+def test_own_rules_come_before_the_architecture_and_it_before_the_default(tmp_path, word):
+    text = f'default = "nvfp4"\narchitecture = "{word}"\n[[rule]]\nmxfp8 = ["x_embedder"]\nreason = "r"'
+    layer_map = recipes.read(written(tmp_path / "mine.toml", text)).resolve(ZIMAGE)
+    assert formats_of(layer_map) == formats_of(recipes.builtin("nvfp4").resolve(ZIMAGE)) | {"x_embedder": "mxfp8"}
+    assert layer_map.warnings == [
+        "rule 1 (mxfp8) decides x_embedder, which the architecture keeps: "
+        "embedders: everything passes through them (z_image)"
+    ]
+
+
+def test_architecture_of_ones_own_lies_beside_the_recipe(tmp_path):
+    written(tmp_path / "mine.toml", MINE)
+    found = recipes.read(written(tmp_path / "r.toml", 'default = "mxfp8"\narchitecture = "mine.toml"'))
+    layer_map = found.resolve(ZIMAGE)
+    assert layer_map.architecture == "mine" and layer_map.warnings == []
+    assert layer_map["layers.3.attention.qkv"].reason == "mine (mine)"
+    assert layer_map["noise_refiner.0.attention.out"].reason == "outside the model's blocks (mine)"
+    assert layer_map.counts() == {"mxfp8": 30 * 5, "keep": 58}
+
+
+def test_architecture_of_another_model_is_warned_about():
+    other = Recipe("x", "", (), NVFP4(), architecture=architecture.builtin("flux"))
+    warnings = other.resolve(ZIMAGE).warnings
+    assert any("architecture flux: these are not its keys" in warning for warning in warnings)
+    assert any("nothing is quantized" in warning for warning in warnings)
+
+
+def test_default_with_an_architecture_keeps_what_it_cannot_take():
+    odd = {f"layers.{n}.w.weight": (256, size) for n, size in enumerate((256, 256, 258, 254))}
+    mine = architecture.Architecture("mine", "", (), blocks=("layers.*.**",))
+    found = Recipe("x", "", (), formats.parse("int8_convrot"), architecture=mine).resolve(odd)
+    assert formats_of(found) == dict(zip(found, ["int8_convrot_256"] * 2 + ["keep"] * 2, strict=True))
+    assert found.problems == []
+    assert found.warnings == [
+        "kept, because the default int8_convrot does not fit: layers.2.w: in_features 258 is not a multiple of 4, so "
+        "ConvRot cannot rotate it; use int8_row; and 1 more layers like it"
+    ]
+    assert found["layers.3.w"].reason.startswith("cannot take int8_convrot: in_features 254")
+    strict = Rule(formats.parse("int8_convrot"), ("layers.2.w",), "r")
+    assert Recipe("x", "", (strict,), MXFP8(), architecture=mine).resolve(odd).problems
+
+
+def test_no_architecture_is_the_default_and_changes_no_digest(tmp_path):
+    absent = recipes.read(written(tmp_path / "absent.toml", 'default = "mxfp8"'))
+    none, *others = (
+        recipes.read(written(tmp_path / "x.toml", f'default = "mxfp8"\narchitecture = "{word}"'))
+        for word in ("none", "auto", "flux", "wan")
+    )
+    assert absent == dataclasses.replace(none, name=absent.name) and absent.architecture is None
+    assert absent.digest == none.digest == recipe(default=MXFP8()).digest
+    assert len({absent.digest, *(other.digest for other in others)}) == 4
+
+
+@pytest.mark.parametrize(("name", "digest"), [
+    ("int8_convrot", "7dc3b3eb3448c05245c319951b752e80e2807a687344e5e3950703014fe97df8"),
+    ("z_image_mxfp8", "62e84f224a30038a63f542cbd807dca94ad5209ec42dc3c08804deb1487494ce"),
+    ("z_image_nvfp4", "c4412eb4a13e250dfcfa6b92b2989a2882117f3c9a27f6ab76ff2c646c74445b"),
+])  # fmt: skip
+def test_digests_written_into_files_stay(name, digest):
+    assert recipes.builtin(name).digest == digest
+
+
+# ---- writing recipes
+
+WORDS = ("nvfp4", "mxfp8", "int8_convrot_64", "int8_row", "int8", "fp8_e4m3", "bf16", None)
+SEGMENTS = (
+    "layers",
+    "0",
+    "3",
+    "10",
+    "w-1",
+    "to_q",
+    "a b",
+    "ünï",
+    "q(k)",
+    "{x}",
+    "*",
+    "w,v",
+    '"',
+    "\\",
+    "\n",
+    "weight",
+    "",
+)
+
+
+def random_choices(seed):
+    """A map of layers with plain and odd names, some agreeing with their neighbours."""
+    source = random.Random(seed)
+    choices = {}
+    for _ in range(source.randrange(1, 60)):
+        odd = source.random() < 0.3
+        name = ".".join(source.choice(SEGMENTS if odd else SEGMENTS[:6]) for _ in range(source.randrange(1, 5)))
+        word = source.choice(WORDS)
+        reason = source.choice(("score 1.25e-3", 'said "so"', "C:\\x\ty\nz", "±0.1 \x7f\x00", "  padded "))
+        rank = None if word is None else source.choice((None, 0, 16, 256))
+        choices[name] = LayerChoice(word and formats.parse(word), reason, None, rank)
+    return choices
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_written_recipe_makes_the_same_choices(tmp_path, seed):
+    choices = random_choices(seed)
+    file = written(tmp_path / "plan.toml", recipes.dumps('a "plan"', "of\ttoday", choices, default_reason="é"))
+    found = recipes.read(file)
+    assert found == recipes.loads(file.read_text(encoding="utf-8"))
+    assert (found.name, found.description, found.default, found.default_reason) == ('a "plan"', "of\ttoday", None, "é")
+    layer_map = found.resolve(shapes(*choices) | shapes("elsewhere"))
+    made = {layer: (c.format, c.reason, c.rank) for layer, c in layer_map.items()}
+    assert made.pop("elsewhere") == (None, "é", None)
+    assert made == {layer: (c.format, c.reason, c.rank) for layer, c in choices.items()}
+    assert layer_map.problems == []
+    assert set(layer_map.warnings) <= {w for w in layer_map.warnings if "nothing is quantized" in w}
+
+
+def test_written_rules_are_in_the_models_order_and_neighbours_share_one():
+    choices = {f"layers.{n}.w": LayerChoice(NVFP4(), reason, None, 32) for n, reason in
+               ((10, "c"), (2, "b"), (1, "a"), (0, "a"))}  # fmt: skip
+    text = recipes.dumps("plan", "", choices | {"head": LayerChoice(None, "last", 7, 32)}, default="mxfp8")
+    assert (
+        text
+        == """name = "plan"
+description = ""
+default = "mxfp8"
+default_reason = "no rule matches"
+
+[[rule]]
+keep = ["head"]
+reason = "last"
+
+[[rule]]
+nvfp4 = [
+    "layers.0.w",
+    "layers.1.w",
+]
+reason = "a"
+rank = 32
+
+[[rule]]
+nvfp4 = ["layers.2.w"]
+reason = "b"
+rank = 32
+
+[[rule]]
+nvfp4 = ["layers.10.w"]
+reason = "c"
+rank = 32
+"""
+    )
+
+
+def test_text_of_a_recipe_is_named_by_its_reader():
+    assert recipes.loads('default = "bf16"', "plan").name == "plan"
+    with pytest.raises(ValueError, match=r"^plan: unknown key 'x'"):
+        recipes.loads("x = 1", "plan")
+
+
+@pytest.mark.parametrize(("choices", "words"), [
+    ({}, "no choices"),
+    ({"a": LayerChoice(NVFP4(), " ", None)}, "a: no reason; every rule of a recipe has one"),
+])  # fmt: skip
+def test_what_cannot_be_written(choices, words):
+    with pytest.raises(ValueError, match=words):
+        recipes.dumps("x", "", choices)

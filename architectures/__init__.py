@@ -1,0 +1,1 @@
+"""What each model keeps in high precision, with reasons: the architectures that Tessera knows."""

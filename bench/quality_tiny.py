@@ -1,0 +1,180 @@
+"""Tiny Z-Image in the real ComfyUI, every block linear in NVFP4: ours beside convert_to_quant's own file, same bytes.
+
+The trained BF16 model samples in the host; a hook makes each quantized layer compute what its replacement would, with
+exact inputs (weights only) or with inputs rounded to NVFP4 as a device with FP4 units does (W4A4), which no CPU runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import mean, stdev
+
+import record
+import torch
+
+sys.path.insert(0, str(record.ROOT / "tests"))
+record.load_pack()
+
+import converter  # noqa: E402
+from minilm import Replacement  # noqa: E402
+
+import comfy_host  # noqa: E402
+from tessera.checkpoint import Checkpoint  # noqa: E402
+from tessera.formats import NVFP4  # noqa: E402
+from tessera.quantization import pipeline, recipe  # noqa: E402
+from tessera.quantization.metrics import psnr  # noqa: E402
+from tessera.quantization.pipeline import Settings  # noqa: E402
+
+RANK, SEED = 32, 0
+BASELINE, OURS, ABSORB = "convert_to_quant", "ours, correction", "ours, absorb"
+METHODS = {
+    "round to nearest": (Settings(rank=RANK, rounding="nearest"), 0.0),
+    "ours, no calibration": (Settings(rank=RANK), 1.0),
+    "ours, strength 0": (Settings(rank=RANK), 0.0),
+    OURS: (Settings(rank=RANK), 1.0),
+    "ours, correction, smoothed": (Settings(rank=RANK, smoothing=True), 1.0),
+    ABSORB: (Settings(rank=RANK, mode="absorb"), 1.0),
+}
+UNCALIBRATED = ("round to nearest", "ours, no calibration")
+
+
+def layers(source):
+    """Module paths of what the recipe `nvfp4` packs."""
+    choices = recipe.builtin("nvfp4").resolve(source.shapes())
+    return [name for name, choice in choices.items() if isinstance(choice.format, NVFP4)]
+
+
+def ours(source, names, calibration, settings, strength):
+    replaced = {}
+    for name in names:
+        weight = source.weight(name)
+        statistics = calibration.of(name) if calibration else None
+        layer = pipeline.quantize(NVFP4(), weight, settings, pipeline.layer_seed(SEED, name), statistics)
+        replaced[name] = Replacement.of(NVFP4(), layer, weight.shape, strength)
+    return replaced
+
+
+def theirs(source, names, python, folder):
+    path = Path(folder) / "linears.safetensors"
+    converter.write_source(path, {name: source.weight(name) for name in names})
+    made = converter.nvfp4(python, path, Path(folder) / "converted.safetensors", RANK)
+    if set(made.weights) != set(names) or set(made.branches) != set(names):
+        raise RuntimeError(f"convert_to_quant made {len(made.weights)} weights and {len(made.branches)} branches of "
+                           f"{len(names)} layers")  # fmt: skip
+    nbytes = sum(NVFP4().nbytes(*source.shapes()[f"{name}.weight"]) for name in names)
+    print(
+        f"{len(names)} layers: convert_to_quant {made.nbytes} bytes, ours {nbytes}, both rank {RANK}", file=sys.stderr
+    )
+    return {name: Replacement(made.weights[name], NVFP4(), made.branches[name]) for name in names}
+
+
+@contextmanager
+def replaced(model, replacements, act):
+    """The model with these layers computing what their replacements would."""
+    modules = dict(model.model.diffusion_model.named_modules())
+    with ExitStack() as stack:
+        for name, replacement in replacements.items():
+            forward = replacement.linear(modules[name].bias, act)
+            handle = modules[name].register_forward_hook(
+                lambda _, inputs, output, forward=forward: forward(inputs[0].float()).to(output.dtype)
+            )
+            stack.callback(handle.remove)
+        yield model
+
+
+def measure(model, methods, acts, pairs):
+    """{(method, act): one (velocity error, latent error, PSNR in dB) per pair}."""
+    rows = {(name, act): [] for name in methods for act in acts}
+    for number, (text, seed) in enumerate(pairs, 1):
+        truth = comfy_host.Trajectory(model, text, seed)
+        picture = comfy_host.picture(truth.latent)
+        for name, act in rows:
+            with replaced(model, methods[name], act):
+                velocity = mean(truth.velocities(model))
+                latent = comfy_host.sample(model, text, seed)
+            ratio = psnr(comfy_host.picture(latent), picture)
+            rows[name, act].append((velocity, comfy_host.relative(latent, truth.latent), ratio))
+        print(f"pair {number} of {len(pairs)}", file=sys.stderr, flush=True)
+    return rows
+
+
+def paired(values, others):
+    """(geometric mean of values/others, t of the mean log-ratio)."""
+    logs = [math.log(a / b) for a, b in zip(values, others, strict=True)]
+    spread = stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean(logs)), mean(logs) / spread if spread else 0.0
+
+
+def table(results):
+    rows = []
+    for (name, act), values in results.items():
+        velocity, latent, ratio = zip(*values, strict=True)
+        against, t = (1.0, 0.0) if name == BASELINE else paired(velocity, [v for v, _, _ in results[BASELINE, act]])
+        rows.append({"method": name, "inputs": "NVFP4" if act else "exact", "velocity %": 100 * mean(velocity),
+                     "against convert_to_quant": against, "t": t, "latent %": 100 * mean(latent),
+                     "PSNR dB": mean(ratio), "worst PSNR dB": min(ratio)})  # fmt: skip
+    return rows
+
+
+def summary(rows, worse):
+    """The keys that the targets are stated in."""
+    by = {(row["method"], row["inputs"]): row for row in rows}
+
+    def pair(column, method, inputs, scale=1.0):
+        return {"ours": by[method, inputs][column] * scale, "baseline": by[BASELINE, inputs][column] * scale}
+
+    return {
+        "velocity_weights_only": pair("velocity %", OURS, "exact", 0.01) | _ratio(by[OURS, "exact"]),
+        "velocity_w4a4": pair("velocity %", OURS, "NVFP4", 0.01) | _ratio(by[OURS, "NVFP4"]),
+        "velocity_w4a4_absorb": pair("velocity %", ABSORB, "NVFP4", 0.01) | _ratio(by[ABSORB, "NVFP4"]),
+        "latent_error": pair("latent %", OURS, "exact", 0.01),
+        "psnr_db": pair("PSNR dB", OURS, "exact") | {"pairs_worse": worse},
+        "worst_psnr_db": pair("worst PSNR dB", OURS, "exact"),
+    }
+
+
+def _ratio(row):
+    return {"ratio": row["against convert_to_quant"], "t": row["t"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=16, help="unseen prompts and seeds (16)")
+    parser.add_argument("--moment", default="auto", choices=("auto", "full", "block"), help="kept of each input (auto)")
+    parser.add_argument("--convert-to-quant", metavar="PYTHON", help="a Python that has it; else one is made in .cache")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.add_argument("--save", action="store_true")
+    arguments = parser.parse_args()
+    python = converter.environment(arguments.convert_to_quant)
+    pairs = [(text, 100 + i) for i, text in enumerate(comfy_host.PROMPTS[: arguments.pairs])]
+    source = Checkpoint(comfy_host.TINY)
+    names = layers(source)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        methods = {BASELINE: theirs(source, names, python, folder)}
+        sys.argv = sys.argv[:1]
+        comfy_host.start(Path(folder))
+        models = Path(folder) / "models" / "diffusion_models"
+        (models / "tiny.safetensors").symlink_to(comfy_host.TINY)
+        model = comfy_host.node("TesseraDiffusionModelLoader").execute("tiny.safetensors").args[0]
+        calibration = comfy_host.calibrate(model, moment=arguments.moment)
+        for method, (settings, strength) in METHODS.items():
+            known = None if method in UNCALIBRATED else calibration
+            methods[method] = ours(source, names, known, settings, strength)
+        results = measure(model, methods, (None, "own"), pairs)
+    rows = table(results)
+    record.table(rows)
+    worse = sum(a[2] < b[2] for a, b in zip(results[OURS, None], results[BASELINE, None], strict=True))
+    if arguments.save:
+        record.save("quality tiny", rows)
+    if arguments.json:
+        print(json.dumps(summary(rows, worse)))
+
+
+if __name__ == "__main__":
+    main()

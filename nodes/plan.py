@@ -1,0 +1,81 @@
+"""Which layer takes which format: measured on the model itself, allocated to a size or an error."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import io
+
+from .. import host, planning
+from ..survey import Menu
+from .calibrate import CALIBRATION
+
+RECIPE = io.Custom("TESSERA_RECIPE")
+log = logging.getLogger("tessera")
+WORDS = {
+    "nvfp4": "4.5 bits per weight; native on Blackwell GPUs.",
+    "int8_convrot": "8 bits, far more exact than mxfp8; native on every GPU.",
+    "mxfp8": "8.25 bits; native on Blackwell GPUs.",
+    "bf16": "Lets layers stay as they are where that is worth 16 bits.",
+}
+
+
+class Plan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            "TesseraPlan", "Plan (Tessera)", "tessera", is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to quantize, in full precision."),
+                CALIBRATION.Input("calibration", optional=True, tooltip="From Calibrate (Tessera), after sampling. "
+                                  "Without it no model is run and layers are judged by their weights alone."),
+                io.Float.Input("target_size_gb", default=0.0, min=0.0, max=4096.0, step=0.01, round=False,
+                               tooltip="Largest size in GB (10^9 bytes) of the model and its correction LoRA together. "
+                               "0: go by target_error."),
+                io.Float.Input("target_error", default=0.0, min=0.0, max=1.0, step=0.001, round=False, optional=True,
+                               tooltip="Largest expected relative error of the model's output, 0.02 is 2 %; the "
+                               "smallest file that keeps to it. 0: go by target_size_gb."),
+                io.String.Input("name", default="planned", optional=True, tooltip="The recipe is saved under this name "
+                                "in user/tessera/recipes; a number is added, nothing is overwritten."),
+                *(io.Boolean.Input(word, default=True, optional=True, tooltip=text) for word, text in WORDS.items()),
+                io.String.Input("ranks", default="0, 16, 32, 64", optional=True, advanced=True,
+                                tooltip="Ranks of the correction LoRA that a layer may have; its bytes count."),
+                io.Combo.Input("activations", options=list(host.PROBED_ACTIVATIONS), optional=True, advanced=True,
+                               tooltip="Whether inputs are rounded too, as native kernels do. auto: in the formats "
+                               "that this device multiplies natively."),
+                io.Float.Input("minutes", default=10.0, min=0.0, max=1440.0, step=0.5, optional=True, advanced=True,
+                               tooltip="Time for running the model, about. Where it is too short, fewer formats and "
+                               "calls are run, then layers of one kind together. 0: no limit."),
+                io.Int.Input("calls", default=3, min=1, max=64, optional=True, advanced=True,
+                             tooltip="Recorded calls of the model that each layer is measured on."),
+            ],
+            outputs=[
+                RECIPE.Output("RECIPE", display_name="recipe", tooltip="Connect to Quantize and Save (Tessera)."),
+                io.String.Output("report", tooltip="Format, rank, score and size per layer, as markdown."),
+                io.Combo.Output("recipe_name", tooltip="The saved file, for recipe of Quantize and Save (Tessera)."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            description="Measures what each format of each layer does to the model's output, on calls recorded while "
+            "your own sampler ran, and gives every layer the format and rank that cost least at your size.",
+            search_aliases=["bit allocation", "mixed precision", "sensitivity", "probe", "recipe", "size"],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, target_size_gb=0.0, calibration=None, target_error=0.0, name="planned", nvfp4=True,
+        int8_convrot=True, mxfp8=True, bf16=True, ranks="0, 16, 32, 64", activations="auto", minutes=10.0, calls=3,
+    ):  # fmt: skip
+        target = planning.Target(int(target_size_gb * 1e9) or None, target_error or None)
+        words = [w for w, on in zip(WORDS, (nvfp4, int8_convrot, mxfp8, bf16), strict=True) if on]
+        menu = Menu.of(words, planning.parse_ranks(ranks))
+        budget = host.Budget(calls, seconds=60 * minutes)
+        survey = host.measure(model, menu, calibration, budget, activations, host.Progress(cls.hidden.unique_id))
+        path = host.new_recipe_path(name or "planned")
+        plan = planning.plan(survey, path.stem, target)
+        plan.save(path)
+        for line in plan.summary():
+            log.info("Tessera: %s", line)
+        host.say(cls.hidden.unique_id, "\n".join(plan.summary()))
+        return io.NodeOutput(
+            plan.recipe(), plan.markdown(), path.name, ui={"text": [plan.markdown()], "tessera_plan": [plan.as_dict()]}
+        )
