@@ -26,6 +26,7 @@ PROMPTS = 12  # that the allocation's scores are measured on
 BITS = (5.25, 6.0, 7.0)  # per weight, scales included
 QUICK = (64, 16)  # texts
 OURS, BASELINE, ABSORB = "ours r32", "convert_to_quant r32 (RTN + SVD)", "ours r32, absorb"
+SMOOTHED = "ours r32, smoothing"
 MEASURED, ORACLE = f"single layers, {PROMPTS} calibration texts", "oracle: single layers, test texts"
 
 # name, format, settings, whether calibrated
@@ -35,7 +36,7 @@ METHODS = (
     ("ours r32, no calibration", "nvfp4", Settings(rank=32), False),
     ("ours r8", "nvfp4", Settings(rank=8), True),
     (OURS, "nvfp4", Settings(rank=32), True),
-    ("ours r32, smoothing", "nvfp4", Settings(rank=32, smoothing=True), True),
+    (SMOOTHED, "nvfp4", Settings(rank=32, smoothing=True), True),
     (ABSORB, "nvfp4", Settings(rank=32, mode="absorb"), True),
     ("MXFP8 RTN", "mxfp8", Settings(rank=0, rounding="nearest"), False),
     ("MXFP8 GPTQ", "mxfp8", Settings(rank=0), True),
@@ -108,7 +109,7 @@ def methods(model: Model, python: Path, learned: bool) -> list[dict]:
         layers, nbytes, lora = ours(model, parse(label), settings, sites if calibrated else None)
         spent = time.perf_counter() - started
         rows.append(row(model, name, layers, nbytes, lora, spent))
-        if name in (OURS, ABSORB):
+        if name in (OURS, SMOOTHED, ABSORB):
             rows.append(row(model, f"{name}, strength 0", at_zero(layers), nbytes, 0, spent))
             rows.append(row(model, f"{name}, static input_scale", layers, nbytes, lora, spent, "static"))
     return rows
@@ -185,7 +186,8 @@ def summary(rows: Sequence[dict], mixes: Sequence[dict]) -> dict[str, dict[str, 
     return {
         "layer_error": pair("W"),
         "embedding_weights_only": pair("e2e W x1e-3", unit=1e-3),
-        "embedding_w4a4": pair("e2e W+A x1e-3", unit=1e-3),
+        "embedding_w4a4": pair("e2e W+A x1e-3", SMOOTHED, 1e-3),
+        "embedding_w4a4_not_smoothed": pair("e2e W+A x1e-3", unit=1e-3),
         "embedding_w4a4_absorb": pair("e2e W+A x1e-3", ABSORB, 1e-3),
         "allocation_6bit": {"ours": by_score[MEASURED], "baseline": quant_probe_best, "oracle": by_score[ORACLE]},
     }

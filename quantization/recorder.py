@@ -69,8 +69,8 @@ class Recorder:
     named after the first of them; one that ceases to is recorded on its own from there on. Of each call up to `tokens`
     tokens are taken, chosen by (seed, site, number of the call). A call's tokens count by the inverse of their mean
     square, so that every step of a sampler weighs the same at every site, however large its activations are there. (On
-    the tiny Z-Image, 24 prompts and GPTQ, equal weights and 1/E[v^2] of the model's output give the same velocity error
-    within .6 %, paired t < 1.3, but neither bounds what one step can do.)
+    the tiny Z-Image equal weights and 1/E[v^2] of the model's output give the same velocity error within 1 %, but
+    neither bounds what one step can do.)
     The sums live in RAM, below `limit` bytes: before they would exceed it, full moments become blocks of 128, then
     diagonals, without a loss of what those hold, and a note says so.
     """
