@@ -207,7 +207,7 @@ class _Sizes:
 
     def _share(self, specs: Mapping[str, TensorSpec]) -> int:
         most = self.source.nbytes
-        header = sum(len(json.dumps({k: writer._entry(s, most)}, separators=(",", ":"))) - 1 for k, s in specs.items())
+        header = sum(len(json.dumps({k: writer.entry(s, most)}, separators=(",", ":"))) - 1 for k, s in specs.items())
         return header + sum(spec.nbytes for spec in specs.values())
 
     def _contents(self, source, packed: Mapping[str, Option], ranks: Mapping[str, int]) -> Contents:
@@ -226,20 +226,13 @@ def file_sizes(files: Contents) -> tuple[int, int]:
 
     Exact without statistics; with them at most this much, as smoothing and biases are settled layer by layer.
     """
-    model = _file_bytes(files.specs() | files.optional(), files.reserve())
+    _, model = writer.layout(files.specs() | files.optional(), files.reserve())
     if files.lora is None:
         return model, 0
     specs = files.lora_specs()
     biases = {lora_key(n, "diff_b") for n in files.formats if n not in files.calibrated}
     unwritten = sum(spec.nbytes for key, spec in specs.items() if key in biases)
-    return model, _file_bytes(specs, METADATA_SPARE) - unwritten
-
-
-def _file_bytes(specs: Mapping[str, TensorSpec], reserve: int) -> int:
-    """As writer.Writer lays a file out."""
-    most = sum(spec.nbytes for spec in specs.values())
-    header = len(writer._json({}, {key: writer._entry(spec, most) for key, spec in specs.items()})) + reserve
-    return 8 + -(-header // writer.ALIGNMENT) * writer.ALIGNMENT + most
+    return model, writer.layout(specs, METADATA_SPARE)[1] - unwritten
 
 
 @dataclass(frozen=True)

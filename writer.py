@@ -92,7 +92,7 @@ class Writer:
                 return False
             if spec.nbytes % ALIGNMENT:
                 continue
-            if (self._entries.get(key) or _entry(spec, end))["data_offsets"] != was["data_offsets"]:
+            if (self._entries.get(key) or entry(spec, end))["data_offsets"] != was["data_offsets"]:
                 return False
             end += 0 if key in self._entries else spec.nbytes
         return True
@@ -149,13 +149,13 @@ class Writer:
 
     def _place(self, key: str, spec: TensorSpec) -> dict:
         """The next place is this tensor's."""
-        self._entries[key] = entry = _entry(spec, self._end)
+        self._entries[key] = entry(spec, self._end)
         self._end += spec.nbytes
-        return entry
+        return self._entries[key]
 
-    def _write(self, entry: Mapping, data: bytes | memoryview) -> None:
+    def _write(self, place: Mapping, data: bytes | memoryview) -> None:
         with self._disk_errors():
-            self._file.seek(8 + self._header + entry["data_offsets"][0])
+            self._file.seek(8 + self._header + place["data_offsets"][0])
             self._file.write(data)
 
     def _data(self, was: dict) -> bytes:
@@ -208,7 +208,7 @@ class Writer:
 def layout(specs: Mapping[str, TensorSpec], reserve: int) -> tuple[int, int]:
     """(bytes of the header, bytes of the file) with all those tensors and `reserve` bytes for metadata."""
     most = sum(spec.nbytes for spec in specs.values())
-    longest = {key: _entry(spec, most) for key, spec in specs.items()}
+    longest = {key: entry(spec, most) for key, spec in specs.items()}
     header = -(-(len(_json({}, longest)) + reserve) // ALIGNMENT) * ALIGNMENT
     return header, 8 + header + most
 
@@ -238,7 +238,8 @@ def publish(temporary: Path, path: Path, overwrite: bool) -> None:
         os.close(folder)
 
 
-def _entry(spec: TensorSpec, first: int) -> dict:
+def entry(spec: TensorSpec, first: int) -> dict:
+    """A tensor in the header, `first` its offset in the data."""
     return {
         "dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [first, first + spec.nbytes]
     }  # fmt: skip
