@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import record
+import torch
 from torch import Tensor
 
 if "tessera" not in sys.modules:
@@ -21,6 +23,7 @@ from tessera.formats import TensorSpec
 from tessera.quantization.lowrank import LowRank
 from tessera.writer import Writer
 
+MEMORY = Path(__file__).with_name("memory.py")
 VERSION = "1.2.6"  # since 1.2.8 --extract-lora writes no file on this path; RTN codes of 1.3.4 are the same
 FLAGS = ("--nvfp4", "--comfy_quant", "--save-quant-metadata", "--manual_seed", "1",
          "--custom-type", "mxfp8", "--custom-layers", "^$",  # the mixed path, the only one that writes a LoRA; no layer
@@ -63,25 +66,35 @@ def write_source(path: Path, weights: Mapping[str, Tensor]) -> None:
 def nvfp4(python: Path, source: Path, target: Path, rank: int, learned: bool = False) -> Converted:
     """Every layer of `source` in NVFP4 with a rank-r LoRA: round to nearest (`--simple`), or learned rounding with its
     default settings. Raises RuntimeError with the end of its log if it wrote no file (it exits 0 then too)."""
+    files, _ = _run(python, "main()", source, target, rank, learned)
+    return read(*files)
+
+
+def cost(python: Path, source: Path, target: Path, rank: int, learned: bool, cap: float) -> tuple[float, float]:
+    """(seconds, peak MB above what it held before) of the same, without the start of Python and its imports.
+
+    Raises subprocess.TimeoutExpired after `cap` seconds. As many threads as this process has."""
+    code = f"import runpy; memory = runpy.run_path({str(MEMORY)!r}); memory['measure'](main)"
+    _, said = _run(python, code, source, target, rank, learned, cap)
+    found = json.loads(said.splitlines()[-1])
+    return found["seconds"], found["peak_mb"]
+
+
+def _run(python: Path, code: str, source: Path, target: Path, rank: int, learned: bool, cap: float | None = None):
+    """(model and LoRA file, what it printed) of `code`, which finds its `main`."""
     files = target, target.with_name(f"{target.stem}_lora.safetensors")
-    code = "from convert_to_quant.convert_to_quant import main; main()"
-    flags = [
-        *FLAGS,
-        "--extract-lora",
-        "--lora-rank",
-        str(rank),
-        "--lora-target",
-        ".*",
-        *([] if learned else ["--simple"]),
-    ]
+    flags = [*FLAGS, "--extract-lora", "--lora-rank", str(rank), "--lora-target", ".*",
+             *([] if learned else ["--simple"])]  # fmt: skip
     run = subprocess.run(
-        [python, "-c", code, "-i", str(source), "-o", str(target), *flags],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False, cwd=target.parent,
+        [python, "-c", f"from convert_to_quant.convert_to_quant import main; {code}",
+         "-i", str(source), "-o", str(target), *flags],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True, text=True, check=False, cwd=target.parent, timeout=cap,
     )  # fmt: skip
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise RuntimeError(f"convert_to_quant wrote no {' and '.join(missing)}: {(run.stdout + run.stderr)[-1500:]}")
-    return read(*files)
+    return files, run.stdout
 
 
 def read(model: Path, adapter: Path) -> Converted:

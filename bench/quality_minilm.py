@@ -46,15 +46,27 @@ METHODS = (
 )  # fmt: skip
 
 
-def calibrate(model: Model) -> dict[str, Statistics]:
-    """Full statistics of every input site on the calibration texts."""
+def calibrate(model: Model, moment: str = "full", tokens: int | None = None) -> dict[str, Statistics]:
+    """Statistics of every input site on the calibration texts, or on their first tokens."""
     sites = {}
     for name, x in model.inputs(model.calibration).items():
         if (site := model.sites[name]) not in sites:
-            accumulator = Accumulator(x.shape[1])
-            accumulator.add(x)
+            accumulator = Accumulator(x.shape[1], moment)
+            accumulator.add(x[:tokens])
             sites[site] = accumulator.statistics()
     return sites
+
+
+def ablation(model: Model) -> list[dict]:
+    """What kind of statistics, and how many tokens of them, are worth: a row each, rank 32."""
+    rows = []
+    for moment, tokens in (("diagonal", None), ("block", None), ("full", None), ("full", 2048), ("full", 1024),
+                           ("full", 384), ("full", 100), ("block", 100)):  # fmt: skip
+        started = time.perf_counter()
+        layers, nbytes, lora = ours(model, NVFP4(), Settings(rank=32), calibrate(model, moment, tokens))
+        name = f"{moment}, {tokens or 'all'} tokens"
+        rows.append(row(model, name, layers, nbytes, lora, time.perf_counter() - started))
+    return rows
 
 
 def ours(
@@ -197,6 +209,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--convert-to-quant", metavar="PYTHON", help="a Python that has it; else .cache gets one")
     parser.add_argument("--learned", action="store_true", help="its learned rounding too, some minutes")
+    parser.add_argument("--ablation", action="store_true", help="kinds and amounts of statistics too, some minutes")
     parser.add_argument("--quick", action="store_true", help="fewer texts: does it run, not how good is it")
     parser.add_argument("--json", action="store_true", help="the main figures as one JSON object in the last line")
     parser.add_argument("--save", action="store_true")
@@ -208,10 +221,15 @@ def main():
             tokens = len(next(iter(model.inputs(texts).values())))
             print(f"{name}: {len(texts)} texts, {tokens} tokens, {minilm.digest(texts)}")
         rows, mixes = methods(model, python, arguments.learned), allocations(model)
+        kinds = ablation(model) if arguments.ablation else []
     record.table(rows)
     print("\nSquared embedding error of the test texts, NVFP4 or MXFP8 per layer as the score decides:\n")
     record.table(mixes)
+    if kinds:
+        print("\nStatistics, rank 32:\n")
+        record.table(kinds)
     if arguments.save:
+        record.save("quality_minilm statistics", kinds)
         record.save("quality_minilm", rows)
         record.save("quality_minilm allocation", mixes)
     if arguments.json:

@@ -38,7 +38,8 @@ class Calibrate(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to quantize, in full precision."),
                 *_recording(),
                 io.Int.Input("probes", default=6, min=0, max=64, optional=True, advanced=True,
-                             tooltip="Calls of the model kept for Plan (Tessera), which measures layers with them."),
+                             tooltip="Calls of the model kept for Plan (Tessera), which measures layers with them. 0 "
+                             "keeps none."),
             ],
             outputs=[
                 io.Model.Output(tooltip="Sample with this one."),
@@ -48,7 +49,7 @@ class Calibrate(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             description="Records what each layer gets to see while your own sampler runs. Pictures stay the same to "
             "the bit. Every further run adds to it.",
-            search_aliases=["calibration", "statistics", "activations", "record", "imatrix"],
+            search_aliases=["calibration", "statistics", "activations", "record", "imatrix", "quantize"],
         )  # fmt: skip
 
     @classmethod
@@ -70,7 +71,7 @@ class CalibrateCLIP(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             description="Records what each layer of a text encoder gets to see while your prompts are encoded. Every "
             "further prompt adds to it.",
-            search_aliases=["calibration", "statistics", "text encoder", "record"],
+            search_aliases=["calibration", "statistics", "text encoder", "record", "imatrix", "quantize"],
         )  # fmt: skip
 
     @classmethod
@@ -96,7 +97,7 @@ class SaveCalibration(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             description="Saves recorded statistics after the sampler has run, and passes them on.",
-            search_aliases=["calibration", "statistics"],
+            search_aliases=["calibration", "statistics", "imatrix"],
         )  # fmt: skip
 
     @classmethod
@@ -121,7 +122,7 @@ class LoadCalibration(io.ComfyNode):
             outputs=[CALIBRATION.Output("CALIBRATION", display_name="calibration")],
             hidden=[io.Hidden.unique_id],
             description="Loads statistics that Save Calibration or the command line wrote.",
-            search_aliases=["calibration", "statistics"],
+            search_aliases=["calibration", "statistics", "imatrix"],
         )  # fmt: skip
 
     @classmethod

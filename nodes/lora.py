@@ -35,6 +35,9 @@ class CorrectionLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name=BESIDE, strength=1.0):
+        if not lora_name:  # what TesseraQuantize gives where it made none
+            host.say(cls.hidden.unique_id, "no correction LoRA was made; the model is passed on as it is")
+            return io.NodeOutput(model)
         if lora_name == BESIDE:
             _explain_absorbed(model)
         path = host.lora_beside(model) if lora_name == BESIDE else host.full_path("loras", lora_name)

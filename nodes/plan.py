@@ -57,7 +57,7 @@ class Plan(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             description="Measures what each format of each layer does to the model's output, on calls recorded while "
             "your own sampler ran, and gives every layer the format and rank that cost least at your size.",
-            search_aliases=["bit allocation", "mixed precision", "sensitivity", "probe", "recipe", "size"],
+            search_aliases=["bit allocation", "mixed precision", "sensitivity", "probe", "recipe", "size", "quantize"],
         )  # fmt: skip
 
     @classmethod

@@ -37,7 +37,7 @@ class Quantize(io.ComfyNode):
             inputs=[
                 io.Combo.Input("source", options=_sources(),
                                tooltip="The BF16 file to quantize. A connected model or clip is taken instead."),
-                io.Combo.Input("recipe", options=_recipes(),
+                io.Combo.Input("recipe", options=_recipes(), default=recipe.GENERIC,
                                tooltip="Which layer takes which format. Your own: user/tessera/recipes/*.toml."),
                 io.String.Input("filename", default="", tooltip="Name of the new file, below diffusion_models or "
                                 "text_encoders in models. Empty: source and recipe. Nothing is overwritten."),
@@ -47,12 +47,16 @@ class Quantize(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="Quantize this text encoder instead."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, advanced=True,
                              control_after_generate=False, tooltip="Same source, recipe and seed: same file."),
-                CALIBRATION.Input("calibration", optional=True, tooltip="What the layers see while you sample: two to "
-                                  "five times less error. Without it the weights alone decide."),
+                CALIBRATION.Input("calibration", optional=True, tooltip="What the layers see while you sample: half the "
+                                  "error, or less. Without it the weights alone decide."),
                 RECIPE.Input("recipe_in", optional=True, tooltip="From Plan (Tessera); taken instead of recipe."),
                 io.Combo.Input("mode", options=list(pipeline.MODES), default=pipeline.CORRECTION, optional=True,
                                tooltip="correction: good without its LoRA, best with it. absorb: best with 4-bit "
                                "kernels; the low rank is part of the file, which only Tessera's loader runs."),
+                io.Boolean.Input("smoothing", default=False, optional=True, advanced=True,
+                                 tooltip="With a calibration: less error of 4-bit kernels, by scaling input channels. "
+                                 "Mode absorb always tries it. Not for files that are to run in ComfyUI's own loader "
+                                 "with LoRAs merged in: those come out wrong there."),
             ],
             outputs=[
                 io.Combo.Output("model_name", tooltip="Connect to unet_name or clip_name of a loader."),
@@ -69,12 +73,13 @@ class Quantize(io.ComfyNode):
     @classmethod
     def execute(
         cls, source, recipe, filename="", rank=32, model=None, clip=None, seed=0, calibration=None, recipe_in=None,
-        mode=pipeline.CORRECTION,
+        mode=pipeline.CORRECTION, smoothing=False,
     ):  # fmt: skip
         weights, folder = _weights(source, model, clip)
-        settings, chosen = Settings(rank, mode), recipe_in or _recipe(recipe)
+        settings, chosen = Settings(rank, mode, smoothing=smoothing or None), recipe_in or _recipe(recipe)
+        known = None if calibration is None else host.calibration_of(calibration)
         target, lora = _files(folder, filename or f"{Path(weights.name).stem}_{chosen.name}", settings)
-        job = Job(weights, target, chosen, lora, seed=seed, settings=settings, calibration=calibration,
+        job = Job(weights, target, chosen, lora, seed=seed, settings=settings, calibration=known,
                   device=host.compute_device(), resume=True)  # fmt: skip
         host.make_room(job.working_bytes())
         report = job.run(host.Progress(cls.hidden.unique_id))

@@ -22,6 +22,7 @@ from . import scales
 from .calibration import full_precision
 from .moment import BLOCK, Moment
 
+FORMATS = (NVFP4, MXFP8, INT8)  # those with error feedback
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean diagonal, in this order until Cholesky succeeds
 SWEEPS = 3  # of coordinate descent
 AT_ONCE = 1 << 24  # weights worked on together: 64 MB a copy
@@ -110,24 +111,22 @@ class INT8Grid:
         return INT8Grid(self.format, self.scale[rows])
 
 
-def grid(format: Format, weight: Tensor) -> Grid | None:
-    """The grid of a weight [out, in] in its stored basis; None for formats without error feedback."""
+def grid(format: Format, weight: Tensor) -> Grid:
+    """The grid of a weight [out, in] in its stored basis, for one of FORMATS."""
     if isinstance(format, NVFP4):
         return NVFP4Grid(format, scales.global_scale(weight))
     if isinstance(format, MXFP8):
         return MXFP8Grid(format)
-    if isinstance(format, INT8):
-        amax = weight.abs().amax(1) if format.per_row else weight.abs().amax().expand(weight.shape[0])
-        return INT8Grid(format, (amax / 127.0).clamp(min=1e-30))
-    return None
+    amax = weight.abs().amax(1) if format.per_row else weight.abs().amax().expand(weight.shape[0])
+    return INT8Grid(format, (amax / 127.0).clamp(min=1e-30))
 
 
 def quantize(format: Format, weight: Tensor, moment: Moment, notes: list[str], sweeps: int = SWEEPS) -> Quantized:
     """Codes of a weight [out, in] (fp32) that minimise tr((W - Q) R (W - Q)^T), by error feedback.
 
-    R is the `moment` of the layer's own input. `notes` gets every damping above the first. Raises Singular if no
-    damping makes R positive definite, ValueError if the format cannot hold the weight's range. Rows are independent:
-    they are worked on some at a time, with four copies of those in memory.
+    The format is one of FORMATS, R the `moment` of the layer's own input. `notes` gets every damping above the first.
+    Raises Singular if no damping makes R positive definite, ValueError if the format cannot hold the weight's range.
+    Rows are independent: they are worked on some at a time, with four copies of those in memory.
     """
     if moment.kind == "diagonal":
         sweeps = 0  # nothing that a column could make good for another
@@ -136,7 +135,7 @@ def quantize(format: Format, weight: Tensor, moment: Moment, notes: list[str], s
         moment = moment.rotated(format.convrot_groupsize) if format.convrot else moment
     rounding = grid(format, weight)
     with full_precision():
-        tiles, inverse = _regular(moment.tiles(), notes)
+        tiles, inverse = _regular(moment, notes)
         pieces = [
             _rows(rounding.rows(slice(first, first + count)), weight[first : first + count], tiles, inverse, sweeps)
             for first, count in _chunks(*weight.shape)
@@ -152,13 +151,14 @@ def _chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     return [(first, min(count, rows - first)) for first in range(0, rows, count)]
 
 
-def _regular(tiles: Tensor, notes: list[str]) -> tuple[Tensor, Tensor]:
-    """Tiles [t, c, c] damped until positive definite, and upper U with U^T U = their inverse.
+def _regular(moment: Moment, notes: list[str]) -> tuple[Tensor, Tensor]:
+    """The moment's tiles [t, c, c] damped until positive definite, and upper U with U^T U = their inverse.
 
     R = V V^T with V upper is the Cholesky factor of R turned by 180 degrees; U is V's inverse. R itself is never
     inverted.
     """
-    mean = tiles.diagonal(dim1=1, dim2=2).mean().clamp(min=torch.finfo(torch.float32).tiny)
+    tiles, mean = moment.tiles(), moment.diagonal().mean()
+    mean = torch.where(mean == 0, 1.0, mean)  # without any input, weights count equally
     for damping in DAMPINGS:
         damped = tiles.clone()
         damped.diagonal(dim1=1, dim2=2).add_(damping * mean)

@@ -73,5 +73,5 @@ def fit(error: Tensor, rank: int, seed: int = 0, moment: Moment | None = None) -
         basis = torch.linalg.qr(weighted @ (error.T @ basis)).Q
     projected = basis.T @ error
     gram = (basis.T @ weighted) @ projected.T
-    top = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -rank:].flip(1)
+    top = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, width - rank :].flip(1)
     return LowRank(basis @ top, top.T @ projected)

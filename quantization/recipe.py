@@ -25,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 BUILTIN = Path(__file__).resolve().parent.parent / "recipes"
+GENERIC = "nvfp4"  # for any model: what its architecture keeps is kept
 AUTO, NONE = "auto", "none"  # an architecture found from the model's keys; no architecture
 
 

@@ -117,8 +117,12 @@ class Report:
 
     def _means(self, field: str, corrected: str) -> str:
         """The mean without the branches, then that of the layers as they run with them."""
-        with_branch = [getattr(layer, corrected) for layer in self.layers if getattr(layer, corrected) is not None]
-        return f"{self.mean(field):.4f}" + (f", {self._branch()} {self.mean(corrected):.4f}" if with_branch else "")
+        plain = f"{self.mean(field):.4f}"
+        if self.mean(corrected) == 0.0:  # no layer has a branch
+            return plain
+        pairs = [(getattr(layer, corrected), getattr(layer, field)) for layer in self.layers]
+        known = [own if better is None else better for better, own in pairs if own is not None]
+        return f"{plain}, {self._branch()} {sum(known) / len(known):.4f}"
 
     def _ranks(self) -> str:
         ranks = sorted({layer.rank for layer in self.layers if layer.rank})

@@ -2,6 +2,7 @@
 
 NOTES = {"Note", "MarkdownNote"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DISPLAYS = {"IMAGECOMPARE": {"__value__": ["", ""]}}  # widgets that only show; what the frontend sends for them
 INPUT, OUTPUT = -10, -20  # the two ends of a subgraph
 
 
@@ -18,6 +19,9 @@ def widgets(schema):
     """[(input name or None for "control after generate", default)] in the order of a node's `widgets_values`."""
     found = []
     for name, (kind, options) in _inputs(schema).items():
+        if not isinstance(kind, list) and kind in DISPLAYS:
+            found.append((name, DISPLAYS[kind]))
+            continue
         if not isinstance(kind, list) and (kind not in WIDGETS or options.get("forceInput")):
             continue
         choices = (kind if isinstance(kind, list) else options.get("options")) or [None]

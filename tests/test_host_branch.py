@@ -72,6 +72,11 @@ def test_strength_zero_is_bit_identical_to_no_node(model, tiny):
     assert torch.equal(sample(correct(model, tiny["lora"], 0.0)), sample(model))
 
 
+def test_no_lora_name_passes_the_model_on(model):
+    """What TesseraQuantize gives where it makes no LoRA: mode absorb, rank 0, a plan without ranks."""
+    assert correct(model, "", 1.0) is model
+
+
 def test_nodes_stack(model, tiny, pair):
     twice = correct(correct(model, tiny["lora"], 0.5), tiny["lora"], 1.0)
     assert effect(twice, model, pair) == pytest.approx(1.5, abs=3e-3)

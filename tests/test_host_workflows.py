@@ -387,6 +387,61 @@ def test_example_load_and_correct_is_valid_and_runs(host, first):
     assert picture(host, host.run(for_tiny(prompt))).std() > 20
 
 
+def needed(prompt, kind):
+    """What runs when all but the nodes that one node needs are muted."""
+    found = [id for id, entry in prompt.items() if entry["class_type"] == kind]
+    for id in found:
+        found += [value[0] for value in prompt[id]["inputs"].values() if isinstance(value, list)]
+    return {id: prompt[id] for id in found}
+
+
+def seeded(prompt, seed):
+    prompt = copy.deepcopy(prompt)
+    for entry in prompt.values():
+        if entry["class_type"] == "KSampler":
+            entry["inputs"] |= {"steps": 2, "seed": seed}
+    return prompt
+
+
+def test_example_calibrate_plan_quantize_compare_is_valid_and_runs(host):
+    name = "tessera_calibrate_plan_quantize_compare"
+    for folder, file in {"diffusion_models": "z_image_turbo_bf16", "text_encoders": "qwen_3_4b", "vae": "ae"}.items():
+        save_file({"nothing": torch.zeros(1)}, host.models(folder) / f"{file}.safetensors")
+    assert complaints(host, example(host, name)) == {}
+    shutil.copy(TINY, host.models("diffusion_models") / "z_image_turbo_bf16.safetensors")
+    prompt = for_tiny(example(host, name, TesseraPlan={"target_size_gb": 0.0085, "calls": 1}))
+    host.run(needed(seeded(prompt, 1), "TesseraSaveCalibration"))  # groups 2 and 3 muted, as the note says
+    since = len(host.events)
+    entry = host.run(seeded(prompt, 0))
+    steps = ["KSampler", "TesseraSaveCalibration", "TesseraPlan", "TesseraQuantize", "TesseraDiffusionModelLoader",
+             "TesseraCorrectionLoRA", "KSampler", "ImageStitch"]  # fmt: skip
+    kinds = [prompt[id]["class_type"] for id in executed(host.events[since:])]
+    assert [kind for kind in kinds if kind in steps] == steps
+    outputs = {prompt[id]["class_type"]: output for id, output in entry["outputs"].items()}
+    plan, report = outputs["TesseraPlan"]["tessera_plan"][0], outputs["TesseraQuantize"]["tessera_report"][0]
+    assert report["model"] == "z_image_turbo_bf16_planned.safetensors"
+    user, layers = host.base / "user" / "tessera", report["layers"]
+    assert (user / "calibrations" / "z_image_turbo_00002.safetensors").is_file()
+    assert (user / "recipes" / "planned.toml").is_file()
+    sizes = [(host.models("diffusion_models") / report["model"]).stat().st_size,
+             (host.models("loras") / report["lora"]).stat().st_size]  # fmt: skip
+    assert sizes == [report["model_bytes"], report["lora_bytes"]] and sum(sizes) <= plan["bytes"] <= 8_500_000
+    assert report["basis"] == f"calibrated: {len(layers)} of {len(layers)} layers, by 4 model calls"
+    assert len(report["counts"]) > 1
+    (correction,) = (id for id, entry in prompt.items() if entry["class_type"] == "TesseraCorrectionLoRA")
+    ranked = sum(row["rank"] > 0 for row in layers)
+    said = f"corrects {ranked} layers, {ranked} of {len(layers)} quantized ones"
+    assert ranked and said in host.progress_texts(correction, since)
+    both = picture(host, {"outputs": {"": outputs["SaveImage"]}})
+    before, after = both[:, :256], both[:, 272:]
+    assert both.shape == (256, 528, 3) and (before != after).any()
+    assert np.sqrt(np.mean((before - after) ** 2)) < 0.1 * before.std()
+    for key, half in (("a_images", before), ("b_images", after)):
+        (shown,) = host.files({"outputs": {"": outputs["ImageCompare"]}}, key)
+        with Image.open(shown) as image:
+            assert (np.asarray(image).astype(int) == half).all()
+
+
 def test_an_absorb_model_is_named_so_needs_no_lora_and_samples(host):
     made = quantize("inside", mode="absorb", rank=16)
     graph = {
