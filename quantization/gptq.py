@@ -24,6 +24,7 @@ from .moment import BLOCK, Moment
 
 FORMATS = (NVFP4, MXFP8, INT8)  # those with error feedback
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean diagonal, in this order until Cholesky succeeds
+SOLVED = 512  # columns of a triangular matrix that is inverted at once
 SWEEPS = 3  # of coordinate descent
 AT_ONCE = 1 << 24  # weights worked on together: 64 MB a copy
 
@@ -135,9 +136,11 @@ def quantize(format: Format, weight: Tensor, moment: Moment, notes: list[str], s
         moment = moment.rotated(format.convrot_groupsize) if format.convrot else moment
     rounding = grid(format, weight)
     with full_precision():
-        tiles, inverse = _regular(moment, notes)
+        tiles, ridge, inverse = _regular(moment, notes)
         pieces = [
-            _rows(rounding.rows(slice(first, first + count)), weight[first : first + count], tiles, inverse, sweeps)
+            _rows(
+                rounding.rows(slice(first, first + count)), weight[first : first + count], tiles, ridge, inverse, sweeps
+            )
             for first, count in _chunks(*weight.shape)
         ]
     quantized = join(pieces)
@@ -151,27 +154,42 @@ def _chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     return [(first, min(count, rows - first)) for first in range(0, rows, count)]
 
 
-def _regular(moment: Moment, notes: list[str]) -> tuple[Tensor, Tensor]:
-    """The moment's tiles [t, c, c] damped until positive definite, and upper U with U^T U = their inverse.
+def _regular(moment: Moment, notes: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """The moment's tiles [t, c, c], the damping [] that makes them positive definite, and the inverse of both as U^T U.
 
-    R = V V^T with V upper is the Cholesky factor of R turned by 180 degrees; U is V's inverse. R itself is never
-    inverted.
+    R = V V^T with V upper is the Cholesky factor of R turned by 180 degrees; the upper U is V's inverse. R itself is
+    never inverted. Holds three matrices of its size: with 10240 columns one is 419 MB.
     """
     tiles, mean = moment.tiles(), moment.diagonal().mean()
     mean = torch.where(mean == 0, 1.0, mean)  # without any input, weights count equally
     for damping in DAMPINGS:
-        damped = tiles.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(damping * mean)
-        factor, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
-        if not info.any() and torch.isfinite(factor).all():
+        turned = tiles.flip(1, 2)
+        turned.diagonal(dim1=1, dim2=2).add_(damping * mean)
+        factor, info = torch.linalg.cholesky_ex(turned)
+        del turned
+        if not info.any() and torch.isfinite(factor.diagonal(dim1=1, dim2=2)).all():
             if damping != DAMPINGS[0]:
                 notes.append(f"damping {damping:g} of the mean instead of {DAMPINGS[0]:g}: the moment is near singular")
-            identity = torch.eye(tiles.shape[1], device=tiles.device).expand_as(tiles)
-            return damped, torch.linalg.solve_triangular(factor.flip(1, 2), identity, upper=True)
+            _invert(factor)
+            return tiles, damping * mean, factor.flip(1, 2)
     raise Singular("the second moment of its input is not positive definite at any damping")
 
 
-def _rows(rounding: Grid, weight: Tensor, tiles: Tensor, inverse: Tensor, sweeps: int) -> Quantized:
+def _invert(lower: Tensor) -> None:
+    """Lower triangular matrices [t, c, c] become their inverses, in place, by halves."""
+    size = lower.shape[1]
+    if size <= SOLVED:
+        identity = torch.eye(size, device=lower.device).expand_as(lower)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = size // 2
+    first, last, below = lower[:, :half, :half], lower[:, half:, half:], lower[:, half:, :half]
+    _invert(first)
+    _invert(last)
+    below.copy_(torch.bmm(last, torch.bmm(below, first)).neg_())
+
+
+def _rows(rounding: Grid, weight: Tensor, tiles: Tensor, ridge: Tensor, inverse: Tensor, sweeps: int) -> Quantized:
     """Some rows [n, in] rounded: `tiles` [1, in, in] one after the other, [t, 128, 128] all at once."""
     count, size, _ = tiles.shape
     columns = weight.shape[1]
@@ -179,7 +197,7 @@ def _rows(rounding: Grid, weight: Tensor, tiles: Tensor, inverse: Tensor, sweeps
     values = target.clone()  # [c, t, n]
     steps = _feed_back(values, inverse, rounding)
     for _ in range(sweeps):
-        _descend(values, target, tiles, steps, rounding)
+        _descend(values, target, tiles, ridge, steps, rounding)
     flat = values.transpose(0, 1).flatten(0, 1)[:columns].T.contiguous()
     steps = steps.transpose(0, 1).flatten(0, 1)[: -(-columns // rounding.width)].T.contiguous()
     return rounding.quantized(flat, steps)
@@ -209,11 +227,14 @@ def _feed_back(values: Tensor, inverse: Tensor, rounding: Grid) -> Tensor:
     return torch.stack(steps)
 
 
-def _descend(values: Tensor, target: Tensor, tiles: Tensor, steps: Tensor, rounding: Grid) -> None:
-    """One sweep of coordinate descent over the codes, steps as they are: each column, given all others, is optimal."""
-    size = values.shape[0]
-    slope = torch.bmm(tiles, (target - values).transpose(0, 1)).transpose(0, 1).contiguous()  # [c, t, n]
-    diagonal = tiles.diagonal(dim1=1, dim2=2)  # [t, c]
+def _descend(values: Tensor, target: Tensor, tiles: Tensor, ridge: Tensor, steps: Tensor, rounding: Grid) -> None:
+    """One sweep of coordinate descent over the codes, steps as they are: each column, given all others, is optimal for
+    the tiles with the ridge on their diagonal."""
+    size, error = values.shape[0], target - values
+    slope = torch.bmm(tiles, error.transpose(0, 1)).transpose(0, 1).contiguous()  # [c, t, n]
+    slope.add_(error.mul_(ridge))
+    del error
+    diagonal = tiles.diagonal(dim1=1, dim2=2) + ridge  # [t, c]
     for first in range(0, size, BLOCK):
         last = min(first + BLOCK, size)
         moved = torch.empty_like(values[first:last])

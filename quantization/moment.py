@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import reference as ref
 
 BLOCK = 128  # columns of a diagonal block
-ROWS = 1 << 22  # numbers of a product kept at once
+ROWS = 1 << 22  # numbers worked on at once
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,18 @@ class Moment:
             return rows * self.matrix
         if self.matrix.ndim == 2:
             return rows @ self.matrix
-        count, block, _ = self.matrix.shape
-        padded = F.pad(rows, (0, count * block - self.in_features))
-        product = torch.bmm(padded.unflatten(1, (count, block)).transpose(0, 1), self.matrix)
-        return product.transpose(0, 1).flatten(1)[:, : self.in_features]
+        product, first = torch.empty_like(rows), 0
+        for piece in rows.split(max(1, ROWS // self.in_features)):
+            product[first : first + len(piece)] = self._times_blocks(piece)
+            first += len(piece)
+        return product
+
+    def _times_blocks(self, rows: Tensor) -> Tensor:
+        product = torch.empty_like(rows)  # the only copy: rows may be a whole weight
+        parts = rows.split(self.block, 1), product.split(self.block, 1), self.matrix
+        for part, into, tile in zip(*parts, strict=True):
+            into.copy_(part @ tile[: part.shape[1], : part.shape[1]])
+        return product
 
     def energy(self, rows: Tensor) -> float:
         """tr(rows R rows^T), summed in pieces: E ||rows x||^2."""
@@ -106,12 +114,18 @@ class Moment:
         return Moment(matrix, self.in_features)
 
     def tiles(self) -> Tensor:
-        """R as square tiles on the diagonal [t, c, c], c a multiple of 32; columns beyond in_features have 1 alone."""
+        """R as square tiles on the diagonal [t, c, c], c a multiple of 32; columns beyond in_features have 1 alone.
+
+        Without such columns the tiles are the matrix itself, not a copy."""
         matrix = self._joined(BLOCK).matrix if self.matrix.ndim == 1 else self.matrix
-        if matrix.ndim == 2:
-            matrix = F.pad(matrix, (0, -self.in_features % 32) * 2).unsqueeze(0)
-        unused = torch.arange(matrix.shape[0] * matrix.shape[1], device=matrix.device) >= self.in_features
-        return matrix + torch.diag_embed(unused.view(matrix.shape[:2]).float())
+        tiles = matrix if matrix.ndim == 3 else matrix.unsqueeze(0)
+        if self.in_features % 32 and matrix.ndim == 2:
+            tiles = F.pad(tiles, (0, -self.in_features % 32) * 2)
+        unused = tiles.shape[0] * tiles.shape[1] - self.in_features
+        if unused:
+            tiles = tiles.clone()
+            tiles[-1].diagonal()[-unused:] = 1
+        return tiles
 
     def _joined(self, group: int) -> Moment:
         """Blocks at least `group` wide that a group divides; what joins two old blocks is taken as zero."""

@@ -174,8 +174,8 @@ def test_no_sweep_of_descent_makes_a_row_worse(label, kind):
     shape = (63, 512)
     format, w, metric = formats.parse(label).for_shape(*shape), weight(shape), moment(512, kind)
     turned = isinstance(format, INT8) and format.convrot  # it works in the stored basis
-    tiles, _ = gptq._regular(metric.rotated(format.convrot_groupsize) if turned else metric, [])
-    damped = torch.block_diag(*tiles)
+    tiles, ridge, _ = gptq._regular(metric.rotated(format.convrot_groupsize) if turned else metric, [])
+    damped = torch.block_diag(*tiles) + ridge * torch.eye(512)
     basis = format.rotate if isinstance(format, INT8) else (lambda x: x)
     steps = []
     for sweeps in range(4):

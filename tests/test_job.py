@@ -643,6 +643,11 @@ def test_remarks_about_layers_are_said_once_with_how_many_they_are_about():
     assert report.remarks() == ["3 layers (first: l0): odd", "l4: alone"]
 
 
+def test_mean_with_correction_counts_layers_without_one_as_they_are():
+    rows = [LayerReport("a", "nvfp4", (1, 1), 1, 0.2, 0.1), LayerReport("b", "mxfp8", (1, 1), 1, 0.04)]
+    assert "mean weight error: 0.1200, with correction 0.0700" in Report("m", "l", "s", "r", 8, 0, rows).summary()
+
+
 def test_statistics_of_another_model_are_refused(tmp_path):
     killed.source(tmp_path)
     other = Checkpoint(save(tmp_path / "other.safetensors", {f"{name}.weight": noise(8, 64) for name in killed.LAYERS}))
