@@ -99,16 +99,17 @@ def layers(arguments) -> list[dict]:
     for shape in shapes:
         found, count = {}, shape[0] * shape[1]
         if python:
-            found[SIMPLE] = (*_said(SIMPLE, shape, theirs, python, shape, False, arguments.cap), "")
+            found[SIMPLE] = (*_said(SIMPLE, shape, theirs, python, shape, False, arguments.cap), "measured")
             if shape in (arguments.learned or shapes[:1]):
                 cost = _said(LEARNED, shape, theirs, python, shape, True, arguments.cap)
-                per_weight, found[LEARNED] = cost[0] / count, (*cost, "")
+                per_weight, found[LEARNED] = (cost[0] or 0) / count, (*cost, "measured" if cost[0] else "stopped")
             elif per_weight:
-                found[LEARNED] = per_weight * count, float("nan"), "computed"  # by the number of weights
+                found[LEARNED] = per_weight * count, None, "computed"  # by the number of weights
         for case in CASES:
-            found[case] = (*_said(case, shape, ours, case, shape), "")
-        learned = found.get(LEARNED, (float("nan"),))[0]
-        rows += [{"shape": _name(shape), "way": way, "s": s, "peak_mb": mb, "of_learned": s / learned, "note": note}
+            found[case] = (*_said(case, shape, ours, case, shape), "measured")
+        learned = found.get(LEARNED, (None,))[0]
+        rows += [{"shape": _name(shape), "way": way, "s": s, "peak_mb": mb,
+                  "of_learned": s / learned if s and learned else None, "how": note}
                  for way, (s, mb, note) in found.items()]  # fmt: skip
     return rows
 
@@ -123,7 +124,7 @@ def whole(rows: list[dict]) -> list[dict]:
     def moment(shape):
         return FULL if int(shape.split("x")[1]) <= FULL_UP_TO else "calibrated, blocks of 128"
 
-    ways = [*CASES, *(way for way in (LEARNED, SIMPLE) if (shapes[0], way) in by)]
+    ways = [*CASES, *(way for way in (LEARNED, SIMPLE) if all(by.get((shape, way)) for shape in shapes))]
     total = {way: BLOCKS * sum(by[shape, way] for shape in shapes) for way in ways}
     total[AUTO] = BLOCKS * sum(by[shape, moment(shape)] for shape in shapes)
     return [{"Z-Image, 170 linears (computed)": way, "s": s, "minutes": s / 60} for way, s in total.items()]
@@ -178,7 +179,7 @@ def _said(way, shape, function, *arguments):
         cost = function(*arguments)
     except subprocess.TimeoutExpired as late:
         print(f"{_name(shape)} {way}: stopped after {late.timeout:.0f} s; give a larger --cap", file=sys.stderr)
-        return float("nan"), float("nan")
+        return None, None
     print(f"{_name(shape)} {way}: {cost[0]:.2f} s, {cost[1]:.0f} MB ({time.perf_counter() - started:.0f} s in all)",
           file=sys.stderr)  # fmt: skip
     return cost

@@ -46,13 +46,6 @@ class Moment:
             return rows * self.matrix
         if self.matrix.ndim == 2:
             return rows @ self.matrix
-        product, first = torch.empty_like(rows), 0
-        for piece in rows.split(max(1, ROWS // self.in_features)):
-            product[first : first + len(piece)] = self._times_blocks(piece)
-            first += len(piece)
-        return product
-
-    def _times_blocks(self, rows: Tensor) -> Tensor:
         product = torch.empty_like(rows)  # the only copy: rows may be a whole weight
         parts = rows.split(self.block, 1), product.split(self.block, 1), self.matrix
         for part, into, tile in zip(*parts, strict=True):

@@ -188,11 +188,13 @@ def test_a_loaded_model_quantizes_to_the_same_bytes_as_its_file(models, tiny):
     from tessera import host
 
     target = models / "diffusion_models" / "from_memory.safetensors"
-    Job(host.model_source(stock(tiny["bf16"])), target, recipe.builtin("z_image_nvfp4"), rank=0).run()
-    mine, truth = load_file(target), load_file(models / "diffusion_models" / tiny["model"])
-    assert mine.keys() == truth.keys()
-    for key, value in truth.items():
-        assert torch.equal(mine[key].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), key
+    Job(host.model_source(stock(tiny["bf16"])), target, recipe.builtin("z_image_nvfp4")).run()
+    loras = target.with_name("from_memory_lora.safetensors"), models / "loras" / tiny["lora"]
+    for mine, truth in ((target, models / "diffusion_models" / tiny["model"]), loras):
+        mine, truth = load_file(mine), load_file(truth)
+        assert mine.keys() == truth.keys()
+        for key, value in truth.items():
+            assert torch.equal(mine[key].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), key
 
 
 def test_loras_of_a_loaded_model_are_merged_before_quantizing(models, tiny):
