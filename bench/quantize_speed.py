@@ -99,7 +99,8 @@ def layers(arguments) -> list[dict]:
     for shape in shapes:
         found, count = {}, shape[0] * shape[1]
         if python:
-            found[SIMPLE] = (*_said(SIMPLE, shape, theirs, python, shape, False, arguments.cap), "measured")
+            cost = _said(SIMPLE, shape, theirs, python, shape, False, arguments.cap)
+            found[SIMPLE] = (*cost, "measured" if cost[0] else "stopped")
             if shape in (arguments.learned or shapes[:1]):
                 cost = _said(LEARNED, shape, theirs, python, shape, True, arguments.cap)
                 per_weight, found[LEARNED] = (cost[0] or 0) / count, (*cost, "measured" if cost[0] else "stopped")

@@ -342,6 +342,17 @@ def test_smoothing_is_kept_where_it_helps(mode):
     assert errors[0] < (1 - smoothing.MIN_GAIN) * errors[1]
 
 
+def test_smoothed_weight_is_rounded_for_the_smoothed_input():
+    """As well as error feedback does with statistics of the scaled inputs themselves."""
+    w, x = weight(), inputs(outliers=8)
+    entries = pipeline.quantize(NVFP4(), w, Settings(rank=0, smoothing=True), 0, recorded(x)).entries
+    scale = entries["pre_quant_scale"]
+    metric = pipeline._moment(recorded(x * scale), False, [])
+    codes = NVFP4().unpack(entries, OUT, IN), gptq.quantize(NVFP4(), w / scale, metric, [])
+    errors = [metric.energy(w / scale - NVFP4().decode(found)) for found in codes]
+    assert errors[0] < 1.01 * errors[1]
+
+
 def test_smoothing_is_not_kept_where_nothing_is_gained():
     """White inputs, an even weight: no channel is harder than another."""
     x = torch.randn(3000, IN, generator=torch.Generator().manual_seed(0))
