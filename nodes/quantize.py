@@ -47,8 +47,8 @@ class Quantize(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="Quantize this text encoder instead."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, advanced=True,
                              control_after_generate=False, tooltip="Same source, recipe and seed: same file."),
-                CALIBRATION.Input("calibration", optional=True, tooltip="What the layers see while you sample: half the "
-                                  "error, or less. Without it the weights alone decide."),
+                CALIBRATION.Input("calibration", optional=True, tooltip="What the layers see while you sample: half "
+                                  "the error, or less. Without it the weights alone decide."),
                 RECIPE.Input("recipe_in", optional=True, tooltip="From Plan (Tessera); taken instead of recipe."),
                 io.Combo.Input("mode", options=list(pipeline.MODES), default=pipeline.CORRECTION, optional=True,
                                tooltip="correction: good without its LoRA, best with it. absorb: best with 4-bit "
