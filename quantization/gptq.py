@@ -26,7 +26,8 @@ FORMATS = (NVFP4, MXFP8, INT8)  # those with error feedback
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean diagonal, in this order until Cholesky succeeds
 SOLVED = 512  # columns of a triangular matrix that is inverted at once
 SWEEPS = 3  # of coordinate descent
-AT_ONCE = 1 << 24  # weights worked on together: 64 MB a copy
+AT_ONCE = 1 << 23  # weights worked on together on CPU: 32 MB a copy, of which there are five
+MANY_AT_ONCE = 1 << 26  # elsewhere, where every row waits for the same few thousand launches
 
 
 class Singular(ValueError):
@@ -141,7 +142,7 @@ def quantize(format: Format, weight: Tensor, moment: Moment, notes: list[str], s
             _rows(
                 rounding.rows(slice(first, first + count)), weight[first : first + count], tiles, ridge, inverse, sweeps
             )
-            for first, count in _chunks(*weight.shape)
+            for first, count in _chunks(weight)
         ]
     quantized = join(pieces)
     if isinstance(format, NVFP4):
@@ -149,8 +150,9 @@ def quantize(format: Format, weight: Tensor, moment: Moment, notes: list[str], s
     return quantized
 
 
-def _chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    count = max(1, AT_ONCE // columns)
+def _chunks(weight: Tensor) -> list[tuple[int, int]]:
+    rows, columns = weight.shape
+    count = max(1, (AT_ONCE if weight.device.type == "cpu" else MANY_AT_ONCE) // columns)
     return [(first, min(count, rows - first)) for first in range(0, rows, count)]
 
 
