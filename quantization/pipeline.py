@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,84 +90,128 @@ def quantize(
         return QuantizedLayer(format.pack(quantized), None, relative_error(format.decode(quantized), weight), None)
     if settings.rounding != BEST:
         statistics = None
-    statistics = statistics.to(weight.device) if statistics is not None else None
-    centred = bias is not None and settings.bias
-    moment = _moment(statistics, centred, notes) if statistics is not None else None
-    statistics = None if moment is None else statistics
-    smooth = _choose_smoothing(format, weight, settings, statistics, moment, seed, notes)
-    stored, branch = _encode(format, weight, settings, statistics, moment, smooth, seed, notes)
-    return _finished(format, weight, settings, statistics, moment, smooth, stored, branch, bias, seed, notes)
+    moment = None
+    if statistics is not None:
+        statistics = statistics.to(weight.device)
+        moment = _moment(statistics, bias is not None and settings.bias, notes)
+    layer = _Layer(format, settings, seed, None if moment is None else statistics, moment, notes)
+    smooth = layer.choose_smoothing(weight)
+    quantized, branch = layer.encode(weight, smooth)
+    return layer.finish(weight, bias, smooth, quantized, branch)
 
 
-def _encode(format, weight, settings, statistics, moment, smooth, seed, notes) -> tuple[Quantized, LowRank | None]:
-    """Codes of W s, and in absorb mode the branch that was taken out of W before."""
-    target = weight if smooth is None else weight * smooth
-    metric = moment if moment is None or smooth is None else moment.scaled(1 / smooth)
-    branch = None
-    if settings.mode == ABSORB:
-        branch = _absorbed(format, target, settings, statistics, metric, smooth, seed).half()
-        target = branch.add_to(target.clone(), -1)
-    quantized = _round(format, target, settings, metric, notes)
-    if metric is None and settings.rounding == BEST and settings.rank and branch is None:
-        quantized = _round(format, _less_branch(format, target, quantized, settings, seed), settings, metric, notes)
-    if branch is not None and smooth is not None:
-        branch = LowRank(branch.up, branch.down.float() / smooth)  # it sees the input as it comes
-    return quantized, branch
+@dataclass(frozen=True)
+class _Layer:
+    """What all steps of one layer share. `statistics` and `moment` (of the input, as rounding and fitting use it) are
+    both there or both None. `smooth` below is s [in], or None for 1."""
 
+    format: Format
+    settings: Settings
+    seed: int
+    statistics: Statistics | None
+    moment: Moment | None
+    notes: list[str]
 
-def _less_branch(format, weight: Tensor, quantized: Quantized, settings: Settings, seed: int) -> Tensor:
-    """What is to be rounded given the branch of a first rounding (LoftQ, arXiv 2310.08659, one alternation).
+    def choose_smoothing(self, weight: Tensor) -> Tensor | None:
+        """The smoothing that lowers the error of the running layer by MIN_GAIN or more; else None.
 
-    Data-free only, where it takes a seventh of the corrected model's error for a thirtieth more at strength 0 (MiniLM,
-    1 - cos of the embedding). With statistics it takes a hundredth.
-    """
-    error = format.decode(quantized).sub_(weight).neg_()
-    return lowrank.fit(error, settings.rank, seed).add_to(weight.clone(), -1)
+        Tried on some rows, with what is known of pairs of columns within blocks of 128: the choice hangs on the input.
+        """
+        if not (self.settings.smoothing and isinstance(self.format, NVFP4) and self.moment is not None):
+            return None
+        if not self.statistics.amax.max() > 0:
+            return None
+        rows = weight[:: -(-weight.shape[0] // TRIAL_ROWS)]
+        rank = self.settings.rank * len(rows) // len(weight)
+        trial = replace(self, moment=self.moment.blocks_only(), notes=[])
+        rms = self.statistics.moment().diagonal().sqrt()
+        trials = [None, *(smoothing.factors(weight, rms, exponent) for exponent in smoothing.EXPONENTS)]
+        errors = [trial.running_error(rows, smooth, rank) for smooth in trials]
+        best = min(range(len(trials)), key=errors.__getitem__)
+        return trials[best] if errors[best] < (1 - smoothing.MIN_GAIN) * errors[0] else None
 
+    def running_error(self, weight: Tensor, smooth: Tensor | None, rank: int) -> float:
+        """Squared error of the layer's output on the sample of tokens, inputs rounded and corrected at that rank."""
+        quantized, branch = self.encode(weight, smooth)
+        stored = self.format.decode(quantized)
+        if branch is None:
+            error = weight - (stored if smooth is None else stored / smooth)
+            branch = lowrank.fit(error, rank, self.seed, self.moment)
+        rest = branch.add_to(weight.clone(), -1)
+        return activations.output_error(self.format, rest, stored, self.statistics.sample.float(), smooth)
 
-def _absorbed(format, target, settings, statistics, metric, smooth, seed) -> LowRank:
-    """The part of W s that is best computed exactly: where the input is rounded most coarsely, weighed by its noise."""
-    if statistics is None:
-        return lowrank.fit(target, settings.rank, seed)
-    x = statistics.sample.float()
-    x = x if smooth is None else x / smooth
-    noise = (activations.rounded(format, x) - x).square().mean(0)
-    return lowrank.fit(target, settings.rank, seed, Moment(noise + ABSORBED_NOISE * metric.diagonal(), len(noise)))
+    def encode(self, weight: Tensor, smooth: Tensor | None) -> tuple[Quantized, LowRank | None]:
+        """Codes of W s, and in absorb mode the branch that was taken out of W before."""
+        target = weight if smooth is None else weight * smooth
+        metric = self.moment if self.moment is None or smooth is None else self.moment.scaled(1 / smooth)
+        if self.settings.mode == ABSORB:
+            branch = self.absorbed(target, metric, smooth).half()
+            quantized = self.round(branch.add_to(target.clone(), -1), metric)
+            # it sees the input as it comes
+            return quantized, branch if smooth is None else LowRank(branch.up, branch.down.float() / smooth)
+        quantized = self.round(target, metric)
+        if metric is None and self.settings.rounding == BEST and self.settings.rank:
+            quantized = self.round(self.less_branch(target, quantized), metric)
+        return quantized, None
 
+    def absorbed(self, target: Tensor, metric: Moment | None, smooth: Tensor | None) -> LowRank:
+        """The part of W s that is best computed exactly: where the input is rounded most coarsely, weighed by its
+        noise."""
+        rank, seed = self.settings.rank, self.seed
+        if metric is None:
+            return lowrank.fit(target, rank, seed)
+        x = self.statistics.sample.float()
+        x = x if smooth is None else x / smooth
+        noise = (activations.rounded(self.format, x) - x).square().mean(0)
+        return lowrank.fit(target, rank, seed, Moment(noise + ABSORBED_NOISE * metric.diagonal(), len(noise)))
 
-def _round(format: Format, weight: Tensor, settings: Settings, metric: Moment | None, notes: list[str]) -> Quantized:
-    if metric is not None and isinstance(format, gptq.FORMATS):
-        try:
-            return gptq.quantize(format, weight, metric, notes)
-        except gptq.Singular as problem:
-            notes.append(f"{problem}; rounded with swept scales, without error feedback")
-    return encode(format, weight, settings.rounding != NEAREST)
+    def less_branch(self, weight: Tensor, quantized: Quantized) -> Tensor:
+        """What is to be rounded given the branch of a first rounding (LoftQ, arXiv 2310.08659, one alternation).
 
+        Data-free only, where it takes a seventh of the corrected model's error for a thirtieth more at strength 0
+        (MiniLM, 1 - cos of the embedding). With statistics it takes a hundredth.
+        """
+        error = self.format.decode(quantized).sub_(weight).neg_()
+        return lowrank.fit(error, self.settings.rank, self.seed).add_to(weight.clone(), -1)
 
-def _finished(format, weight, settings, statistics, moment, smooth, quantized, branch, bias, seed, notes):
-    """Low rank, bias and scales for codes that stand, and how far they are from the weight."""
-    stored = format.decode(quantized)
-    error = weight - (stored if smooth is None else stored.div_(smooth))
-    del stored
-    length, power = norm(weight), moment.energy(weight) if moment is not None else 0.0
-    plain = _errors(error, moment, length, power)
-    corrected: tuple[float | None, float | None] = (None, None)
-    entries = dict(format.pack(quantized))
-    if branch is not None:
-        branch = branch.half()
-        corrected = _errors(branch.add_to(error, -1), moment, length, power)
-    if statistics is not None and bias is not None and settings.bias:
-        entries["bias"] = bias.float() + error @ statistics.mean
-    if branch is None and settings.rank:
-        branch = lowrank.fit(error, settings.rank, seed, moment).half()
-        if "bias" in entries:
-            branch = dataclasses.replace(branch, bias=-(branch.up.float() @ (branch.down.float() @ statistics.mean)))
-        corrected = _errors(branch.add_to(error, -1), moment, length, power)
-    if smooth is not None:
-        entries["pre_quant_scale"] = 1 / smooth
-    if statistics is not None and settings.input_scale and isinstance(format, NVFP4):
-        entries["input_scale"] = _input_scale(statistics.amax if smooth is None else statistics.amax / smooth)
-    return QuantizedLayer(entries, branch, plain[0], corrected[0], plain[1], corrected[1], tuple(notes))
+    def round(self, weight: Tensor, metric: Moment | None) -> Quantized:
+        if metric is not None and isinstance(self.format, gptq.FORMATS):
+            try:
+                return gptq.quantize(self.format, weight, metric, self.notes)
+            except gptq.Singular as problem:
+                self.notes.append(f"{problem}; rounded with swept scales, without error feedback")
+        return encode(self.format, weight, self.settings.rounding != NEAREST)
+
+    def finish(
+        self, weight: Tensor, bias: Tensor | None, smooth: Tensor | None, quantized: Quantized, branch: LowRank | None
+    ) -> QuantizedLayer:
+        """Low rank, bias and scales for codes that stand, and how far they are from the weight."""
+        stored = self.format.decode(quantized)
+        error = weight - (stored if smooth is None else stored.div_(smooth))
+        del stored
+        length, power = norm(weight), self.moment.energy(weight) if self.moment is not None else 0.0
+        plain, corrected = _errors(error, self.moment, length, power), (None, None)
+        if branch is not None:  # absorbed: always there, so the bias makes up for what is left with it
+            branch = branch.half()
+            corrected = _errors(branch.add_to(error, -1), self.moment, length, power)
+        mean = self.statistics.mean if self.statistics is not None and bias is not None and self.settings.bias else None
+        entries = self.format.pack(quantized) | self.extras(smooth)
+        if mean is not None:
+            entries["bias"] = bias.float() + error @ mean
+        if branch is None and self.settings.rank:
+            branch = lowrank.fit(error, self.settings.rank, self.seed, self.moment).half()
+            if mean is not None:
+                branch = replace(branch, bias=-(branch.up.float() @ (branch.down.float() @ mean)))
+            corrected = _errors(branch.add_to(error, -1), self.moment, length, power)
+        return QuantizedLayer(entries, branch, plain[0], corrected[0], plain[1], corrected[1], tuple(self.notes))
+
+    def extras(self, smooth: Tensor | None) -> Entries:
+        """The scales of the layer's input."""
+        entries = {} if smooth is None else {"pre_quant_scale": 1 / smooth}
+        if self.statistics is not None and self.settings.input_scale and isinstance(self.format, NVFP4):
+            amax = self.statistics.amax if smooth is None else self.statistics.amax / smooth
+            entries["input_scale"] = _input_scale(amax)
+        return entries
 
 
 def _errors(error: Tensor, moment: Moment | None, length: float, power: float) -> tuple[float, float | None]:
@@ -196,29 +239,6 @@ def _moment(statistics: Statistics, centred: bool, notes: list[str]) -> Moment |
     if moment.kind == "diagonal":  # as if one token more were equally loud everywhere: two alone are worse than none
         return Moment((tokens * moment.matrix + moment.matrix.mean()) / (tokens + 1), moment.in_features)
     return moment.shrunk(min(MAX_SHRINKAGE, moment.block / max(tokens, 1)))
-
-
-def _choose_smoothing(format, weight, settings, statistics, moment, seed, notes) -> Tensor | None:
-    """The smoothing that lowers the error of the running layer by MIN_GAIN or more; else None.
-
-    Tried on some rows, with what is known of pairs of columns within blocks of 128: the choice hangs on the input.
-    """
-    if not (settings.smoothing and isinstance(format, NVFP4) and moment is not None and statistics.amax.max() > 0):
-        return None
-    rows, moment = weight[:: -(-weight.shape[0] // TRIAL_ROWS)], moment.blocks_only()
-    x, rms = statistics.sample.float(), statistics.moment().diagonal().sqrt()
-    trials = [None, *(smoothing.factors(weight, rms, exponent) for exponent in smoothing.EXPONENTS)]
-    errors = []
-    for smooth in trials:
-        quantized, branch = _encode(format, rows, settings, statistics, moment, smooth, seed, [])
-        stored = format.decode(quantized)
-        if branch is None and settings.rank:
-            error = rows - (stored if smooth is None else stored / smooth)
-            branch = lowrank.fit(error, settings.rank * len(rows) // len(weight), seed, moment)
-        truth = rows - (branch.weight() if branch is not None else 0)
-        errors.append(activations.output_error(format, truth, stored, x, smooth))
-    best = min(range(len(trials)), key=errors.__getitem__)
-    return trials[best] if errors[best] < (1 - smoothing.MIN_GAIN) * errors[0] else None
 
 
 def _input_scale(amax: Tensor) -> Tensor:
