@@ -1,16 +1,19 @@
-"""BF16 against quantized, at three strengths of the correction, in a real ComfyUI: one picture and one table.
+"""BF16 against quantized, at three strengths of the correction and calibrated, in a real ComfyUI: picture and table.
 
     scripts/demo                             the tiny model of the tests; no GPU, nothing else to download
     scripts/demo --model z_image_turbo_bf16.safetensors [--recipe z_image_mxfp8] [--prompt "..."]
 
-The quantized file and its correction LoRA are made in the graph, stay in the output folder and are used again if
-source, recipe and Tessera's version are the same. Nothing is overwritten; your files are read where they are.
+ComfyUI makes two quantized files, each with its correction LoRA: one from the weights alone, and one, `_calibrated`,
+with what the layers see while it samples prompts that are not shown. These files and the calibration stay in the output
+folder and are used again if source, recipe, calibration and Tessera's version are the same. No model is overwritten;
+your files are read where they are.
 
 Environment: COMFYUI_PATH and COMFYUI_PYTHON name your own ComfyUI and its interpreter, which a GPU needs; without them
 a ComfyUI from the package index is set up once, see scripts/setup_host.py.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -27,14 +30,17 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from comfy_host import TINY, load_pack  # noqa: E402
+from comfy_host import CALIBRATION_PROMPTS, TINY, load_pack  # noqa: E402
 from host_server import HostError, HostServer  # noqa: E402
 
 load_pack("tessera", ROOT)
+from tessera import calibration_file  # noqa: E402
 from tessera.checkpoint import LAYER_ERRORS, Checkpoint  # noqa: E402
 from tessera.job import Job  # noqa: E402
 from tessera.quantization import recipe as recipes  # noqa: E402
+from tessera.quantization.calibration import fingerprint  # noqa: E402
 from tessera.quantization.report import size  # noqa: E402
+from tessera.version import VERSION  # noqa: E402
 
 TINY_PROMPTS = (
     "big red star center on white plain",
@@ -52,6 +58,13 @@ REAL_PROMPTS = (
     "A street sign that reads TESSERA LANE above a wet cobbled street at dusk, reflections",
     "A glass teapot with blooming jasmine tea on slate, steam, macro photograph",
 )
+REAL_CALIBRATION_PROMPTS = (
+    "A fishing harbour at sunrise, nets drying on the quay, gulls, oil painting",
+    "Portrait of a young violinist in a red coat under falling snow, shallow depth of field",
+    "A bookshop window at night with a neon sign that reads OPEN LATE, rain on the glass",
+    "A bowl of cherries and a folded linen napkin on a wooden table, soft morning light, overhead shot",
+)
+CALIBRATION_SEED = 1000  # of the first calibration prompt; the next ones count on
 ROWS = 3  # prompts in the picture; the table is about all of them
 GAIN = 8  # of the difference shown below each picture
 
@@ -79,19 +92,45 @@ class Settings:
 
 
 @dataclass
+class Recording:
+    """A calibration: its file, and the graph that makes it."""
+
+    path: Path
+    nodes: dict
+
+    @property
+    def exists(self):
+        return self.path.is_file()
+
+
+@dataclass
 class Quantized:
-    """The file under test: its name for the loaders, and whether the graph still has to make it."""
+    """A file under test and its correction LoRA, and whether ComfyUI still has to make them, with which calibration."""
 
     path: Path
     lora: Path
     exists: bool
+    recording: Recording | None = None
+
+    def sizes(self, strength):
+        """Of what a strength needs."""
+        files = [self.path, self.lora] if strength else [self.path]
+        return " + ".join(size(path.stat().st_size) for path in files)
+
+
+PLAIN, CALIBRATED = "", "_calibrated"  # how the names of the two quantized files end
 
 
 @dataclass
 class Column:
     title: str
-    nodes: object  # (settings, quantized) -> workflow nodes that end in "model"
-    quantized: bool = True
+    nodes: object  # (settings, quantized, strength) -> workflow nodes that end in "model"
+    file: str | None = None  # PLAIN or CALIBRATED; None: the original
+    strength: float = 0.0  # of the correction
+
+    @property
+    def quantized(self):
+        return self.file is not None
 
 
 # Workflows, in API format
@@ -101,38 +140,34 @@ def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 
-def reference(settings, quantized):
-    return {"model": node("UNETLoader", unet_name=settings.model.name, weight_dtype="default")}
+def reference(settings, quantized, strength):
+    return {"model": original(settings)}
 
 
-def corrected(strength):
-    def nodes(settings, quantized):
-        names, made = [quantized.path.name, quantized.lora.name], {}
-        if not quantized.exists:
-            source = f"diffusion_models/{settings.model.name}"
-            made["quantize"] = node("TesseraQuantize", source=source, recipe=settings.recipe_name,
-                                    filename=quantized.path.stem, rank=settings.rank)  # fmt: skip
-            names = [["quantize", 0], ["quantize", 1]]
-        load = node("TesseraDiffusionModelLoader", unet_name=names[0], weight_dtype="default")
-        correct = node("TesseraCorrectionLoRA", model=["load", 0], lora_name=names[1], strength=strength)
-        return made | {"load": load, "model": correct}
-
-    return nodes
+def original(settings):
+    return node("UNETLoader", unet_name=settings.model.name, weight_dtype="default")
 
 
-def merged(settings, quantized):
+def corrected(settings, quantized, strength):
+    load = node("TesseraDiffusionModelLoader", unet_name=quantized.path.name, weight_dtype="default")
+    correct = node("TesseraCorrectionLoRA", model=["load", 0], lora_name=quantized.lora.name, strength=strength)
+    return {"load": load, "model": correct}
+
+
+def merged(settings, quantized, strength):
     """The same two files with core's nodes, which add the LoRA to the weights and round them again."""
     load = node("UNETLoader", unet_name=quantized.path.name, weight_dtype="default")
-    lora = node("LoraLoaderModelOnly", model=["load", 0], lora_name=quantized.lora.name, strength_model=1.0)
+    lora = node("LoraLoaderModelOnly", model=["load", 0], lora_name=quantized.lora.name, strength_model=strength)
     return {"load": load, "model": lora}
 
 
 COLUMNS = (
-    Column("BF16", reference, quantized=False),
-    Column("strength 0", corrected(0.0)),
-    Column("strength 0.5", corrected(0.5)),
-    Column("strength 1", corrected(1.0)),
-    Column("stock LoRA loader, 1", merged),
+    Column("BF16", reference),
+    Column("strength 0", corrected, PLAIN, 0.0),
+    Column("strength 0.5", corrected, PLAIN, 0.5),
+    Column("strength 1", corrected, PLAIN, 1.0),
+    Column("calibrated, strength 1", corrected, CALIBRATED, 1.0),
+    Column("stock LoRA loader, 1", merged, PLAIN, 1.0),
 )
 
 
@@ -141,6 +176,7 @@ class TinyEnds:
 
     packs = {"tiny": ROOT / "tests" / "tiny" / "node_pack"}  # noqa: RUF012 never written
     folders = {}  # noqa: RUF012
+    calibration, moment = CALIBRATION_PROMPTS, "auto"
 
     def shared(self, batch):
         return {"empty": node("EmptySD3LatentImage", width=128, height=128, batch_size=batch)}
@@ -162,6 +198,7 @@ class RealEnds:
     steps: int
     side: int
     packs = {}  # noqa: RUF012 never written
+    calibration, moment = REAL_CALIBRATION_PROMPTS, "block"  # full moments of Z-Image take 6 GB
 
     @property
     def folders(self):
@@ -191,7 +228,7 @@ def ksampler(sampler, steps, model, positive, negative, seed):
 
 def workflow(settings, quantized, column, prompts):
     """Everything from files to saved latents and pictures, for some of the prompts."""
-    nodes = column.nodes(settings, quantized) | settings.ends.shared(settings.batch)
+    nodes = column.nodes(settings, quantized, column.strength) | settings.ends.shared(settings.batch)
     for i, text in enumerate(prompts):
         nodes |= settings.ends.nodes(i, text, settings.seed + i)
         nodes[f"latent{i}"] = node("SaveLatent", samples=[f"sample{i}", 0], filename_prefix="latents/demo")
@@ -199,27 +236,73 @@ def workflow(settings, quantized, column, prompts):
     return nodes
 
 
+def calibration_prompts(settings):
+    return [text for text in settings.ends.calibration if text not in settings.prompts]
+
+
+def calibrating(settings):
+    """Samples prompts that are not shown with a model that records what its layers see; "recorded" waits for all."""
+    recorder = node("TesseraCalibrate", model=["original", 0], moment=settings.ends.moment, probes=0)
+    nodes = {"original": original(settings), "model": recorder} | settings.ends.shared(batch=1)
+    last = ["empty", 0]
+    for i, text in enumerate(calibration_prompts(settings)):
+        nodes |= settings.ends.nodes(i, text, CALIBRATION_SEED + i)
+        nodes[f"recorded{i}"] = node("LatentBatch", samples1=last, samples2=[f"sample{i}", 0])
+        last = [f"recorded{i}", 0]
+    return nodes | {"recorded": node("TesseraSaveCalibration", calibration=["model", 1], after=last)}
+
+
+def quantizing(settings, quantized):
+    source = f"diffusion_models/{settings.model.name}"
+    quantize = node("TesseraQuantize", source=source, recipe=settings.recipe_name, filename=quantized.path.stem,
+                    rank=settings.rank)  # fmt: skip
+    if quantized.recording is None:
+        return {"quantize": quantize}
+    quantize["inputs"]["calibration"] = ["calibration", 0]
+    load = node("TesseraLoadCalibration", calibration_name=quantized.recording.path.name)
+    return {"calibration": load, "quantize": quantize}
+
+
 # Files
 
 
-def find_quantized(settings):
-    """The file made earlier from this source with this recipe and version; else a name that is free."""
+def find_recording(settings):
+    """The calibration; its name tells version, fingerprint of the model and graph, so that a file of it is the same."""
+    nodes = calibrating(settings)
+    same = json.dumps([VERSION, fingerprint(Checkpoint(settings.model)), nodes], sort_keys=True)
+    stem = f"{settings.model.stem}_{hashlib.sha256(same.encode()).hexdigest()[:12]}"
+    nodes["recorded"]["inputs"]["filename"] = stem
+    return Recording(user_folder(settings) / "calibrations" / f"{stem}_00001.safetensors", nodes)
+
+
+def user_folder(settings):
+    return settings.output / "user" / "tessera"
+
+
+def find_quantized(settings, recording=None):
+    """The file made earlier from this source with this recipe, calibration and version; else a name that is free."""
     models, loras = (settings.output / "models" / folder for folder in ("diffusion_models", "loras"))
     source, chosen = Checkpoint(settings.model), recipes.find(settings.recipe)
+    recorded = recording is not None and recording.exists
+    known = calibration_file.read(recording.path) if recorded else None
+    ending = CALIBRATED if recording else PLAIN
     for number in count(1):
-        stem = f"{settings.model.stem}_{Path(settings.recipe).stem}" + (f"_{number}" if number > 1 else "")
-        found = Quantized(models / f"{stem}.safetensors", loras / f"{stem}_lora.safetensors", True)
-        if Job(source, found.path, chosen, found.lora, settings.rank).done():
+        stem = f"{settings.model.stem}_{Path(settings.recipe).stem}{ending}" + (f"_{number}" if number > 1 else "")
+        found = Quantized(models / f"{stem}.safetensors", loras / f"{stem}_lora.safetensors", True, recording)
+        job = Job(source, found.path, chosen, found.lora, settings.rank, calibration=known)
+        if (recorded or recording is None) and job.done():
             return found
         if not found.path.exists() and not found.lora.exists():
             found.exists = False
             return found
 
 
-def weight_errors(path):
-    """Mean relative weight error of the quantized layers without and with the correction."""
-    layers = json.loads(Checkpoint(path).metadata[LAYER_ERRORS]).values()
-    return [float(np.mean([errors[i] for errors in layers if len(errors) > i])) for i in (0, 1)]
+def weight_error(column, quantized):
+    """Mean relative weight error of the quantized layers; None if the file does not tell it for this column."""
+    if column.nodes is not corrected or column.strength not in (0, 1):
+        return None
+    layers = json.loads(Checkpoint(quantized.path).metadata[LAYER_ERRORS]).values()
+    return float(np.mean([errors[int(column.strength)] for errors in layers if len(errors) > column.strength]))
 
 
 def folders_file(settings, path):
@@ -247,14 +330,31 @@ class Result:
     latents: list
     pictures: list
     seconds: float
-    report: dict | None = None
+
+
+def make(host, settings, quantized):
+    """Records and quantizes in ComfyUI what is not there yet, and says so."""
+    if quantized.recording is not None:
+        record(host, settings, quantized.recording)
+    made = "used again: same source, recipe and version"
+    if not quantized.exists:
+        outputs = run(host, quantizing(settings, quantized))["outputs"]
+        made = f"quantized in {outputs['quantize']['tessera_report'][0]['seconds']:.1f} s"
+    say(f"{quantized.path.name}: {size(quantized.path.stat().st_size)}, {made}")
+
+
+def record(host, settings, recording):
+    made, start = "used again: same prompts and version, same fingerprint of the model", time.monotonic()
+    if not recording.exists:
+        run(host, recording.nodes)
+        made = f"recorded in {time.monotonic() - start:.1f} s on {len(calibration_prompts(settings))} prompts"
+    say(f"{recording.path.name}: {size(recording.path.stat().st_size)}, {made}")
 
 
 def measure(host, settings, quantized, column):
     """The first prompt loads the model and is not timed, if there are others."""
     prompts, start = settings.prompts, time.monotonic()
     entry = run(host, workflow(settings, quantized, column, prompts[:1]))
-    report = entry["outputs"].get("quantize", {}).get("tessera_report", [None])[0]
     timed = 1
     if len(prompts) > 1:
         timed, start = len(prompts) - 1, time.monotonic()
@@ -263,7 +363,7 @@ def measure(host, settings, quantized, column):
     saved = [entry["outputs"][f"{kind}{i}"] for i in range(len(prompts)) for kind in ("latent", "save")]
     latents = [load_file(path)["latent_tensor"] for path in host.files({"outputs": dict(enumerate(saved))}, "latents")]
     pictures = [Image.open(path).convert("RGB") for path in host.files({"outputs": dict(enumerate(saved))})]
-    return Result([one for batch in latents for one in batch], pictures, seconds, report)
+    return Result([one for batch in latents for one in batch], pictures, seconds)
 
 
 def run(host, nodes):
@@ -326,52 +426,57 @@ def score(result, truth):
     )
 
 
-def table(settings, quantized, results, scores, plan):
+def table(settings, files, results, scores, plans):
     """Markdown, one row per column of the picture."""
-    weights = weight_errors(quantized.path)
-    errors = dict(zip(("strength 0", "strength 1"), weights, strict=True))
-    sizes = [size(path.stat().st_size) for path in (quantized.path, quantized.lora)]
     prompts, pictures = len(settings.prompts), len(results[0].pictures)
     seconds = "s per picture" if prompts > 1 else "s per picture, loading included"
     lines = [
         f"`{settings.model.name}`, recipe `{settings.recipe_name}`, correction of rank {settings.rank}. "
-        f"Prompts: {prompts}; pictures: {pictures}, each against BF16 from the same noise.",
+        f"Prompts: {prompts}; pictures: {pictures}, each against BF16 from the same noise. "
+        f"Calibrated on {len(calibration_prompts(settings))} other prompts.",
         "",
-        f"| | file | weight error | latent error | PSNR | {seconds} |",
+        f"| | files | weight error | latent error | PSNR | {seconds} |",
         "|:--|--:|--:|--:|--:|--:|",
     ]
     for column, result, scored in zip(COLUMNS, results, scores, strict=True):
-        file, figures, name = size(settings.model.stat().st_size), ["", "", ""], column.title
+        figures, name = ["", "", ""], column.title
         if column.quantized:
-            file = sizes[0] if column.title == "strength 0" else f"{sizes[0]} + {sizes[1]}"
-            weight = f"{errors[column.title]:.2%}" if column.title in errors else ""
-            figures = [weight, f"{np.mean(scored.latent):.2%}", f"{np.mean(scored.psnr):.2f} dB"]
+            weight = weight_error(column, files[column.file])
+            figures = ["" if weight is None else f"{weight:.2%}",
+                       f"{np.mean(scored.latent):.2%}", f"{np.mean(scored.psnr):.2f} dB"]  # fmt: skip
             name = f"{settings.label}, {column.title}"
-        lines.append("| " + " | ".join([name, file, *figures, f"{result.seconds:.2f}"]) + " |")
-    return "\n".join([*lines, "", f"How {settings.label} ran here: {'; '.join(plan)}."])
+        cells = [name, sizes(settings, files, column), *figures, f"{result.seconds:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    about = "Weight error is relative; calibration lets it grow where that makes the layers' outputs err less."
+    ran = [f"How {name} ran here: {'; '.join(plan)}." for name, plan in plans.items()]
+    return "\n".join([*lines, *(f"\n{line}" for line in (about, *ran))])
+
+
+def sizes(settings, files, column):
+    """Of the files that a column uses."""
+    return files[column.file].sizes(column.strength) if column.quantized else size(settings.model.stat().st_size)
 
 
 # The picture
 
 INK, FAINT, EDGE, PAPER, BEST = (24, 24, 27), (113, 113, 122), (212, 212, 216), (255, 255, 255), (4, 120, 87)
-CELL, GAP, LEFT, HEAD, TITLE, FOOT = 256, 16, 232, 92, 92, 34
+CELL, GAP, LEFT, HEAD, TITLE, FOOT = 256, 16, 232, 116, 92, 34
 ROW = CELL + FOOT + CELL + GAP
 
 
-def comparison(settings, quantized, results, scores):
+def comparison(settings, files, results, scores):
     """A grid, rows = prompts, columns = COLUMNS; below each picture its PSNR and its difference to BF16."""
     shown = range(min(ROWS, len(settings.prompts)))
     page = Image.new("RGB", (LEFT + len(COLUMNS) * (CELL + GAP) + GAP, TITLE + HEAD + len(shown) * ROW + GAP), PAPER)
     draw = ImageDraw.Draw(page)
-    before, after, lora = (size(path.stat().st_size) for path in (settings.model, quantized.path, quantized.lora))
-    write(draw, (GAP, 18), f"{settings.model.name}   {before} to {after}", 28)
-    about = f"recipe {settings.recipe_name}; error-correction LoRA of rank {settings.rank}, {lora}"
-    means = f"every picture of a row starts from the same noise; figures on top are means of {len(results[0].pictures)}"
-    write(draw, (GAP, 56), f"{about}; {means}", 18, FAINT)
+    write(draw, (GAP, 18), settings.model.name, 28)
+    about = f"recipe {settings.recipe_name}; error-correction LoRA of rank {settings.rank}; calibrated on "
+    about += f"{len(calibration_prompts(settings))} other prompts; every picture of a row starts from the same noise"
+    write(draw, (GAP, 56), f"{about}; figures on top are means of {len(results[0].pictures)}", 18, FAINT)
     best = max(np.mean(scored.psnr) for scored in scores[1:])
     for x, (column, scored) in enumerate(zip(COLUMNS, scores, strict=True)):
         at = (LEFT + x * (CELL + GAP), TITLE + 6)
-        heading(draw, at, settings, column, scored, np.mean(scored.psnr) == best)
+        heading(draw, at, settings, files, column, scored, np.mean(scored.psnr) == best)
     for y in shown:
         row(page, draw, TITLE + HEAD + y * ROW, settings, y, results, scores)
     return page
@@ -405,12 +510,13 @@ def place(page, draw, at, picture):
     draw.rectangle((at[0] - 1, at[1] - 1, at[0] + CELL, at[1] + CELL), outline=EDGE)
 
 
-def heading(draw, at, settings, column, scored, good):
+def heading(draw, at, settings, files, column, scored, good):
     left, top = at
     write(draw, at, settings.label if column.quantized else column.title, 22)
     write(draw, (left, top + 28), column.title if column.quantized else "the original", 20)
+    write(draw, (left, top + 56), sizes(settings, files, column), 18, FAINT)
     if column.quantized:
-        write(draw, (left, top + 56), f"{np.mean(scored.psnr):.1f} dB, error {np.mean(scored.latent):.1%}", 18,
+        write(draw, (left, top + 80), f"{np.mean(scored.psnr):.1f} dB, error {np.mean(scored.latent):.1%}", 18,
               BEST if good else FAINT)  # fmt: skip
 
 
@@ -493,31 +599,35 @@ def compare(settings):
     """Runs everything; the paths of picture and table."""
     settings.output.mkdir(parents=True, exist_ok=True)
     say(f"{settings.model.name}: {size(settings.model.stat().st_size)}, recipe {settings.recipe_name}")
-    quantized = find_quantized(settings)
-    folders = folders_file(settings, settings.output / "extra_model_paths.yaml")
-    with HostServer(settings.ends.packs, args=["--extra-model-paths-config", str(folders)]) as host:
+    recording = find_recording(settings)
+    files = {PLAIN: find_quantized(settings), CALIBRATED: find_quantized(settings, recording)}
+    with HostServer(settings.ends.packs, args=host_arguments(settings)) as host:
         say(f"ComfyUI started in {host.seconds_to_start:.0f} s")
-        if settings.recipe.endswith(".toml"):
-            own = host.base / "user" / "tessera" / "recipes"
-            own.mkdir(parents=True)
-            shutil.copy(settings.recipe, own)
+        for quantized in files.values():
+            make(host, settings, quantized)
         results = []
         for column in COLUMNS:
-            results.append(measure(host, settings, quantized, column))
-            announce(settings, quantized, column, results)
-        plan = plan_lines(host.log, quantized.path.name)
+            results.append(measure(host, settings, files.get(column.file), column))
+            announce(column, results)
+        names = [quantized.path.name for quantized in files.values()]
+        plans = {name: plan_lines(host.log, name) for name in names}
     scores = [score(result, results[0]) for result in results]
     picture, figures = settings.output / "comparison.png", settings.output / "table.md"
-    comparison(settings, quantized, results, scores).save(picture)
-    figures.write_text(table(settings, quantized, results, scores, plan) + "\n", encoding="utf-8")
-    return quantized, picture, figures
+    comparison(settings, files, results, scores).save(picture)
+    figures.write_text(table(settings, files, results, scores, plans) + "\n", encoding="utf-8")
+    return files, picture, figures
 
 
-def announce(settings, quantized, column, results):
-    report = results[-1].report
-    if column is COLUMNS[1]:
-        made = f"quantized in {report['seconds']:.1f} s" if report else "used again: same source, recipe and version"
-        say(f"{quantized.path.name}: {size(quantized.path.stat().st_size)}, {made}")
+def host_arguments(settings):
+    """For ComfyUI: where models are, and the user folder, in the output folder, with calibrations and own recipes."""
+    folders, user = folders_file(settings, settings.output / "extra_model_paths.yaml"), user_folder(settings)
+    (user / "recipes").mkdir(parents=True, exist_ok=True)
+    if settings.recipe.endswith(".toml"):
+        shutil.copy(settings.recipe, user / "recipes")
+    return ["--extra-model-paths-config", str(folders), "--user-directory", str(user.parent)]
+
+
+def announce(column, results):
     text = f"{results[-1].seconds:.2f} s per picture"
     if column.quantized:
         text = f"{score(results[-1], results[0])}; {text}"
@@ -533,7 +643,7 @@ def explain(problem):
 def main():
     start, settings = time.monotonic(), parse()
     try:
-        quantized, picture, figures = compare(settings)
+        files, picture, figures = compare(settings)
     except (HostError, ValueError, OSError) as problem:
         print(f"demo: {explain(problem)}", file=sys.stderr)
         return 1
@@ -541,8 +651,10 @@ def main():
         print("demo: stopped", file=sys.stderr)
         return 130
     say(f"\n{figures.read_text(encoding='utf-8')}")
-    for what, path in (("picture", picture), ("table", figures), ("model", quantized.path), ("LoRA", quantized.lora)):
-        say(f"{what:8}{path}")
+    made = [pair for file in files.values() for pair in (("model", file.path), ("LoRA", file.lora))]
+    calibration = ("calibration", files[CALIBRATED].recording.path)
+    for what, path in (("picture", picture), ("table", figures), *made, calibration):
+        say(f"{what:12}{path}")
     say(f"{time.monotonic() - start:.0f} s in all")
     return 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from comfy_host import TINY
 from host_server import HostError, HostServer
@@ -89,6 +89,37 @@ def test_file_is_used_again_only_for_the_same_source_recipe_and_rank(demo, tmp_p
     assert not again.exists and again.path.name == "mine_z_image_nvfp4_2.safetensors"
 
 
+def test_calibration_is_used_again_only_for_the_same_model_and_prompts_not_shown(demo, tmp_path):
+    from tessera.checkpoint import Checkpoint
+    from tessera.job import Job
+    from tessera.quantization import recipe
+
+    settings = demo.parse(["--output", str(tmp_path)])
+    recording = demo.find_recording(settings)
+    assert not recording.exists and recording.path == demo.find_recording(settings).path
+    assert not set(demo.calibration_prompts(settings)) & set(settings.prompts)
+    first = demo.find_quantized(settings, recording)
+    assert not first.exists and first.path.name == "tiny_zimage_bf16_z_image_nvfp4_calibrated.safetensors"
+    first.lora.parent.mkdir(parents=True)
+    first.path.parent.mkdir(parents=True)
+    Job(Checkpoint(TINY), first.path, recipe.builtin("z_image_nvfp4"), first.lora).run()
+    assert not demo.find_quantized(settings, recording).exists  # of that name, but nothing was calibrated
+    settings.prompts = [demo.CALIBRATION_PROMPTS[0]]
+    assert demo.CALIBRATION_PROMPTS[0] not in demo.calibration_prompts(settings)
+    assert demo.find_recording(settings).path != recording.path
+    settings = demo.parse(["--output", str(tmp_path)])
+    settings.model = other_model(tmp_path / "other" / TINY.name)
+    assert demo.find_recording(settings).path != recording.path
+
+
+def other_model(path):
+    """The tiny model with other weights, under the same name."""
+    tensors = {key: tensor * 2 for key, tensor in load_file(TINY).items()}
+    path.parent.mkdir()
+    save_file(tensors, path)
+    return path
+
+
 def test_figures_are_what_their_names_say(demo):
     white, gray = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8), (254, 254, 254))
     assert demo.psnr(white, gray) == pytest.approx(48.13, abs=0.01)  # 20 log10(255)
@@ -110,38 +141,42 @@ def test_real_workflows_are_valid_in_comfyui(demo, files, tmp_path):
         pytest.skip("COMFYUI_PATH is not set: run scripts/test, or scripts/setup_host.py")
     arguments = [str(part) for pair in files.items() for part in pair]
     settings = demo.parse([*arguments, "--output", str(tmp_path / "out")])
-    folders = demo.folders_file(settings, tmp_path / "folders.yaml")
-    with HostServer(args=["--extra-model-paths-config", str(folders)], cpu=True) as host:
+    recording = demo.find_recording(settings)
+    files = {demo.PLAIN: demo.find_quantized(settings), demo.CALIBRATED: demo.find_quantized(settings, recording)}
+    with HostServer(args=demo.host_arguments(settings), cpu=True) as host:
         choices = host.object_info("TesseraQuantize")["input"]["required"]["source"][1]["options"]
         assert "diffusion_models/mine.safetensors" in choices
-        for exists in (False, True):
-            quantized = demo.find_quantized(settings)
-            quantized.exists = exists
-            if exists:  # merging needs files by name, which the columns before it have made by then
-                shutil.copy(files["--model"], quantized.path)
-                shutil.copy(files["--model"], quantized.lora)
-            for column in demo.COLUMNS:
-                if exists or column.nodes is not demo.merged:
-                    host.queue(demo.workflow(settings, quantized, column, settings.prompts))
-                    host.post("/queue", {"clear": True})
+        made = [recording.path, *(path for file in files.values() for path in (file.path, file.lora))]
+        graphs = [recording.nodes, *(demo.quantizing(settings, file) for file in files.values())]
+        graphs += [demo.workflow(settings, files.get(c.file), c, settings.prompts) for c in demo.COLUMNS]
+        for path in made:  # a graph needs by name what those before it have made by then
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(settings.model, path)
+        for graph in graphs:
+            host.queue(graph)
+            host.post("/queue", {"clear": True})
         host.interrupt()
 
 
 @pytest.mark.host
-def test_demo_writes_picture_and_table_and_uses_the_file_again(tmp_path):
+def test_demo_writes_picture_and_table_and_uses_its_files_again(tmp_path):
     if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set: run scripts/test, or scripts/setup_host.py")
     command = [sys.executable, SCRIPT, "--output", tmp_path, "--prompt", "big red star center on white plain"]
-    for expected in ("quantized in ", "used again: same source, recipe and version"):
+    again = "used again: same "
+    for expected in (("quantized in ", "recorded in ", "quantized in "), (again, again, again)):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert expected in done.stdout
+        made = [line for line in done.stdout.splitlines() if re.match(r"tiny_zimage_bf16_\w+\.safetensors: ", line)]
+        assert len(made) == 3 and all(how in line for how, line in zip(expected, made, strict=True)), done.stdout
         assert re.search(r"\d+ s in all", done.stdout)
     with Image.open(tmp_path / "comparison.png") as picture:
         assert min(picture.size) > 600
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")][2:]
     assert [row.split("|")[1].strip() for row in rows] == [
-        "BF16", "NVFP4, strength 0", "NVFP4, strength 0.5", "NVFP4, strength 1", "NVFP4, stock LoRA loader, 1",
+        "BF16", "NVFP4, strength 0", "NVFP4, strength 0.5", "NVFP4, strength 1", "NVFP4, calibrated, strength 1",
+        "NVFP4, stock LoRA loader, 1",
     ]  # fmt: skip
     errors = [float(row.split("|")[4].strip(" %")) for row in rows[1:]]
-    assert max(errors) == errors[3] > errors[0]  # merged is worse than no correction
+    assert max(errors) == errors[4] > errors[0]  # merged is worse than no correction
+    assert min(errors) == errors[3]  # calibrated is best
