@@ -66,10 +66,22 @@ class Ray:
         self._close.close()
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
-        return in_order(self._submit, tasks, AHEAD * self.width)
+        return in_order(self._submit, self._receive, tasks, AHEAD * self.width)
 
     def _submit(self, task: Task) -> Future:
         return self._answer.remote(packed(replace(task, device=self.devices[0]))).future()
+
+    def _receive(self, name: str, future: Future) -> bytes:
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            return future.result()
+        except RayError as problem:
+            if isinstance(problem, RayTaskError) and isinstance(problem.cause, ValueError | RuntimeError):
+                raise problem.cause from None  # what the task itself raised
+            first = str(problem).partition("\n")[0]
+            raise RuntimeError(f"{name}: no worker of the Ray cluster could do it ({first}); is there "
+                               "enough memory?") from None  # fmt: skip
 
 
 def _no_code(folder: str, names: list[str]) -> set[str]:

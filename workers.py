@@ -120,7 +120,7 @@ class Processes:
         self._close.close()
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
-        return in_order(self._submit, tasks, AHEAD * self.width)
+        return in_order(self._submit, self._receive, tasks, AHEAD * self.width)
 
     def _submit(self, task: Task) -> Future:
         self._out = [[future for future in futures if not future.done()] for futures in self._out]
@@ -128,6 +128,13 @@ class Processes:
         future = self._pools[worker].submit(answer, packed(replace(task, device=self.devices[worker])))
         self._out[worker].append(future)
         return future
+
+    def _receive(self, name: str, future: Future) -> bytes:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(f"{name}: its worker process has ended, for lack of memory perhaps; take fewer "
+                               "--workers") from None  # fmt: skip
 
 
 def choose(device: str, processes: int, ray: str | None) -> Workers:
@@ -187,32 +194,17 @@ def unpacked(data: bytes) -> Task | Result:
     return message
 
 
-def in_order(submit: Callable[[Task], Future], tasks: Iterable[Task], window: int) -> Iterator[Result]:
+def in_order(
+    submit: Callable[[Task], Future], receive: Callable[[str, Future], bytes], tasks: Iterable[Task], window: int
+) -> Iterator[Result]:
     """The results of tasks, of which no more than `window` are out at a time."""
     out: deque[tuple[str, Future]] = deque()
     for task in tasks:
         out.append((task.name, submit(task)))
         if len(out) == window:
-            yield _result(*out.popleft())
+            yield unpacked(receive(*out.popleft()))
     while out:
-        yield _result(*out.popleft())
-
-
-def _result(name: str, future: Future) -> Result:
-    try:
-        return unpacked(future.result())
-    except BrokenProcessPool:
-        raise RuntimeError(f"{name}: its worker process has ended, for lack of memory perhaps; take fewer "
-                           "--workers") from None  # fmt: skip
-    except Exception as problem:
-        cause = getattr(problem, "cause", None)  # Ray wraps what a task raises
-        if isinstance(cause, ValueError | RuntimeError):
-            raise cause from None
-        if type(problem).__module__.startswith("ray."):
-            first = str(problem).partition("\n")[0]
-            raise RuntimeError(f"{name}: no worker of the Ray cluster could do it ({first}); is there "
-                               "enough memory?") from None  # fmt: skip
-        raise
+        yield unpacked(receive(*out.popleft()))
 
 
 @lru_cache(1)

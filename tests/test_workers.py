@@ -154,7 +154,10 @@ def test_results_come_in_order_and_no_more_than_the_window_are_out():
                 late.done() or late.set_result(workers.packed(Result(None, (1, out.index(late)), 0.0)))
         return future
 
-    found = [result.shape[1] for result in workers.in_order(submit, (task() for _ in range(9)), 3)]
+    def receive(name, future):
+        return future.result()
+
+    found = [result.shape[1] for result in workers.in_order(submit, receive, (task() for _ in range(9)), 3)]
     assert found == list(range(9)) and most == 3
 
 
