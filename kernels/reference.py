@@ -104,3 +104,34 @@ def rotate(x: Tensor, group: int) -> Tensor:
     grouped = x.float().unflatten(-1, (-1, group))
     # .T although H is symmetric: the same BLAS call as comfy-kitchen, so that the sums round alike
     return (grouped @ _hadamard(group, x.device).T).flatten(-2)
+
+
+def quantize_rows(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """x [M, K], rotated first where `group` is not 0, as int8 codes [M, K] and fp32 scales amax/127 [M, 1].
+
+    A zero row gets scale 1e-30 and codes 0; ties round to even.
+    """
+    rotated = rotate(x, group) if group else x.float()
+    if not rotated.numel():
+        return rotated.to(torch.int8), rotated.new_full((x.shape[0], 1), 1e-30)
+    scale = (rotated.abs().amax(1, keepdim=True) / 127.0).clamp(min=1e-30)
+    return torch.round(rotated / scale).clamp_(-127, 127).to(torch.int8), scale
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in fp32, no rounding between; fp16 inputs saturate at its largest number, as in the host."""
+    product = torch.nn.functional.silu(gate.float()) * up.float()
+    if gate.dtype == torch.float16:
+        return torch.nan_to_num(product, nan=0.0, posinf=65504.0, neginf=-65504.0).clamp_(-65504.0, 65504.0)
+    return product
+
+
+def branch_middle(x: Tensor, down: Tensor, strength: Tensor) -> Tensor:
+    """t [M, r] = strength ([r] or []) * (x [M, K] down [r, K]^T), summed in fp32, rounded once to x's dtype."""
+    return ((x.float() @ down.float().T) * strength).to(x.dtype)
+
+
+def int8_product(q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """fp32 [M, N] of int8 codes [M, K] and [N, K]: exact integer sums, then both scales ([M, 1], and [N, 1] or [])."""
+    sums = (q.double() @ weight.double().T).float()  # below 2^53: exact, and float32 holds what int32 would round to
+    return sums * x_scale * (weight_scale.reshape(1, -1) if weight_scale.ndim else weight_scale)
