@@ -135,3 +135,92 @@ def int8_product(q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tenso
     """fp32 [M, N] of int8 codes [M, K] and [N, K]: exact integer sums, then both scales ([M, 1], and [N, 1] or [])."""
     sums = (q.double() @ weight.double().T).float()  # below 2^53: exact, and float32 holds what int32 would round to
     return sums * x_scale * (weight_scale.reshape(1, -1) if weight_scale.ndim else weight_scale)
+
+
+def power_of_2_scale(amax: Tensor, largest: float) -> Tensor:
+    """The smallest power of two s (fp32) with amax / s <= largest, 1 where amax is 0: dividing by it changes no bit."""
+    exponent = torch.ceil(torch.log2((amax.float() / largest).clamp(min=2.0**-126)))
+    scale = torch.exp2(exponent)
+    scale = torch.where(amax / scale > largest, scale * 2, scale)  # log2 may round down across an integer
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def decode_rows(kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, rows: slice, columns: int,
+                group: int = 0) -> Tensor:  # fmt: skip
+    """fp32 weight [rows, columns] of a packed one, as comfy-kitchen lays it out (format.md 2).
+
+    kind nvfp4, mxfp8 (`scale` holds the swizzled exponents), int8 (rotated back if `group`), fp8, fp8_row.
+    """
+    codes = qdata[rows]
+    if kind == "nvfp4":
+        blocks = unswizzle_rows(block_scale.view(torch.uint8), rows, -(-columns // 16)).view(torch.float8_e4m3fn)
+        values = e2m1_decode(unpack_nibbles(codes))[:, : blocks.shape[1] * 16].unflatten(1, (-1, 16))
+        return (values * (scale.float() * blocks.float()).unsqueeze(-1)).flatten(1)[:, :columns]
+    if kind == "mxfp8":
+        exponents = unswizzle_rows(scale.view(torch.uint8), rows, -(-columns // 32))
+        values = codes.float()[:, : exponents.shape[1] * 32].unflatten(1, (-1, 32))
+        return (values * e8m0_decode(exponents).unsqueeze(-1)).flatten(1)[:, :columns]
+    values = codes.float() * (scale[rows] if scale.ndim and scale.numel() > 1 else scale.reshape(()))
+    return rotate(values, group) if group else values
+
+
+def unswizzle_rows(stored: Tensor, rows: slice, columns: int) -> Tensor:
+    """`unswizzle` of some rows only: [rows, columns]."""
+    first, last, _ = rows.indices(stored.shape[0])
+    start, stop = first // 128 * 128, round_up(last, 128)
+    return unswizzle(stored[start:stop], stop - start, columns)[first - start : last - start]
+
+
+BLOCKS = {"nvfp4": 16, "mxfp8": 32, "fp8_row": 0, "fp8": 0}
+"""Columns per block scale of the kinds of operand that a block-scaled or fp8 GEMM takes; 0: it has none."""
+
+
+def nvfp4_codes(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """E2M1 codes (uint8) of x [M, K] and E4M3 block scales [M, K/16] under the tensor scale []; K a multiple of 16.
+
+    Beyond 2688 * scale values saturate; a block whose scale rounds to 0 gets codes 0, as does all under a scale of 0.
+    """
+    blocks = x.float().unflatten(-1, (x.shape[1] // 16, 16))
+    divisor = torch.where(scale == 0, torch.inf, scale)
+    block_scale = (blocks.abs().amax(-1) / E2M1_MAX / divisor).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    step = (scale * block_scale.float()).unsqueeze(-1)
+    scaled = torch.where(step == 0, 0.0, blocks / torch.where(step == 0, 1.0, step))
+    return e2m1_encode(scaled.flatten(-2)), block_scale
+
+
+def mxfp8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 codes of x [M, K] and the smallest E8M0 exponents (uint8 [M, K/32]) that saturate none; K%32 = 0."""
+    blocks = x.float().unflatten(-1, (x.shape[1] // 32, 32))
+    amax = blocks.abs().amax(-1)
+    exponent = torch.ceil(torch.log2((amax / E4M3_MAX).clamp(min=2.0**-127))).int() + E8M0_BIAS
+    exponent = torch.where(amax == 0, 0, exponent.clamp(0, 254)).to(torch.uint8)
+    step = e8m0_decode(exponent).unsqueeze(-1)
+    scaled = torch.where(step == 0, 0.0, blocks / torch.where(step == 0, 1.0, step))
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).flatten(-2).to(torch.float8_e4m3fn), exponent
+
+
+def fp8_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """E4M3 codes of x [M, K] under scales [M, 1] or []: saturating, and 0 where the scale is 0."""
+    scaled = torch.where(scale == 0, 0.0, x.float() / torch.where(scale == 0, 1.0, scale))
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def packed_decode(kind: str, qdata: Tensor, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+    """fp32 [rows, columns] of an operand as a GEMM takes it, padding included.
+
+    nvfp4: bytes, swizzled E4M3 block scales and the tensor scale []; mxfp8: codes and swizzled E8M0 exponents;
+    fp8, fp8_row: codes and scales [] or [rows, 1].
+    """
+    if kind == "nvfp4":
+        return decode_rows(kind, qdata, tensor_scale, scale, slice(None), 2 * qdata.shape[1])
+    return decode_rows(kind, qdata, scale, None, slice(None), qdata.shape[1])
+
+
+def packed_product(kind: str, x: tuple[Tensor, ...], weight: tuple[Tensor, ...]) -> Tensor:
+    """fp32 [M, N] (padded) of two operands, each as packed_decode's arguments: decoded, then one fp32 product."""
+    return packed_decode(kind, *x) @ packed_decode(kind, *weight).T
+
+
+def hadamard(group: int, device: torch.device) -> Tensor:
+    """The regular Hadamard matrix [group, group] that `rotate` multiplies by: symmetric, orthogonal. Shared: read only."""
+    return _hadamard(group, device)
