@@ -1,8 +1,8 @@
 """Triton kernels compiled for GPUs that are not there: SASS, registers, spills and memory, without a driver.
 
 A case is a dict: name, kernel, signature {argument: type}, constexprs {argument: value}, num_warps, expect {compute
-capability: regex that a SASS mnemonic must match, or None}, max_registers; optional num_stages, and max_spills {compute
-capability: local-memory instructions allowed} with 0 elsewhere. Case lists are `aot_cases()` of CASE_MODULES.
+capability: regex that a SASS mnemonic must match, or None}, max_registers; optional num_stages, options
+{compiler option: value}, and max_spills {compute capability: local-memory instructions allowed} with 0 elsewhere. Case lists are `aot_cases()` of CASE_MODULES.
 
     python tests/aot.py [name part] [compute capability ...]    # a table of what is in the SASS
 """
@@ -62,7 +62,8 @@ def compile_case(name, cc):
     from triton.backends.compiler import GPUTarget
 
     case = cases()[name]
-    options = {"num_warps": case["num_warps"], "num_stages": case.get("num_stages", 3)}
+    options = {"num_warps": case["num_warps"], "num_stages": case.get("num_stages", 3), "enable_fp_fusion": True}
+    options |= case.get("options", {})
     compiled = triton.compile(source(case), target=GPUTarget("cuda", cc, 32), options=options)
     facts = disassembled(compiled.asm["cubin"])
     memory = {"shared": compiled.metadata.shared, "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0}

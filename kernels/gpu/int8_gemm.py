@@ -18,10 +18,10 @@ GROUP_M = 8
 # Constant, not autotuned: a trial launch inside a forward would break CUDA graphs. bench/ can sweep it.
 # (largest M, tile); None: any M. Consumer GPUs (SM 8.6, 8.9, 12.x) have 99 KB of shared memory, the others 163 and more.
 TILES = {
-    "consumer": ((16, Tile(16, 64, 256, 4, 3)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 128, 64, 4, 3))),
+    "consumer": ((16, Tile(16, 64, 256, 4, 3)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 128, 64, 4, 4))),
     "ampere": ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 256, 64, 8, 4))),
-    "hopper": ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 128, 128, 4, 4)), (None, Tile(128, 256, 128, 8, 3))),
-    "blackwell": ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 128, 128, 4, 4)), (None, Tile(128, 256, 128, 8, 3))),
+    "hopper": ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 128, 128, 4, 4)), (None, Tile(128, 256, 128, 8, 4))),
+    "blackwell": ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 128, 128, 4, 4)), (None, Tile(128, 256, 128, 8, 4))),
 }
 FAMILIES = {(8, 0): "ampere", (9, 0): "hopper", (10, 0): "blackwell", (10, 3): "blackwell"}
 

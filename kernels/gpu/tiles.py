@@ -27,6 +27,7 @@ class Tile(NamedTuple):
         return {
             "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k,
             "num_warps": self.warps, "num_stages": self.stages,
+            "enable_fp_fusion": True,  # Triton 3.10 changes the default
         }  # fmt: skip
 
 
