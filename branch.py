@@ -35,10 +35,19 @@ class Branch(nn.Module):
         self.rows = rows
         self.fired = 0
 
-    def add(self, output: Tensor, x: Tensor, strength: Tensor) -> Tensor:
-        """output [..., out] + strength * branch(x [..., in]), in x's dtype."""
+    @property
+    def fuses(self) -> bool:
+        """Whether it changes the whole output by a product alone, so that it can be part of the layer's own product."""
+        return self.rows is None and self.up.bias is None
+
+    def count(self) -> None:
+        """Notes that it was used."""
         if self.fired < 2:  # enough to tell; a number that keeps changing would make torch.compile start over
             self.fired += 1
+
+    def add(self, output: Tensor, x: Tensor, strength: Tensor) -> Tensor:
+        """output [..., out] + strength * branch(x [..., in]), in x's dtype."""
+        self.count()
         # strength meets the r-wide middle, where it costs least; on any device without a copy, as it is 0-d
         biased = self.up.bias is not None  # and is to be scaled too
         delta = self.up(self.down(x)) * strength if biased else self.up(self.down(x) * strength)
@@ -68,6 +77,7 @@ class SideBranch:
     strength: float
     absorbed: bool = False  # the branch is part of the weights: without it the layer is wrong, not less exact
     _tensor: Tensor = field(init=False)
+    _copies: dict[torch.device, Tensor] = field(init=False, default_factory=dict)
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self):
@@ -75,7 +85,16 @@ class SideBranch:
 
     def set_strength(self, strength: float) -> None:
         """Takes effect at the next forward; nothing is reloaded or recompiled."""
-        self._tensor.fill_(float(strength))
+        for tensor in (self._tensor, *self._copies.values()):
+            tensor.fill_(float(strength))
+
+    def strength_on(self, device: torch.device) -> Tensor:
+        """The strength as a 0-d tensor of that device, the same one at every call: kernels and graphs read it there."""
+        if device.type == "cpu":
+            return self._tensor
+        if device not in self._copies:
+            self._copies[device] = self._tensor.to(device)
+        return self._copies[device]
 
     def inject(self, patcher) -> None:
         """Hooks this patcher's model; an earlier attachment of the same key is replaced."""
@@ -86,7 +105,8 @@ class SideBranch:
         modules, handles = dict(patcher.model.named_modules()), []  # one walk: faster than a path per layer
         for name, item in zip(branches.layers, branches.items, strict=True):
             item.fired = 0
-            handles.append(modules[name].register_forward_hook(self._hook(item)))
+            attach = getattr(modules[name], "attach_branch", None)  # a layer of ours takes it into its own product
+            handles.append(attach(item, self) if attach else modules[name].register_forward_hook(self._hook(item)))
         registry[self.key] = (weakref.ref(patcher), handles)
 
     def eject(self, patcher) -> None:

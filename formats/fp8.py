@@ -51,3 +51,30 @@ class FP8E5M2(FP8):
     layout: ClassVar[str] = "TensorCoreFP8E5M2Layout"
     dtype: ClassVar[torch.dtype] = torch.float8_e5m2
     max: ClassVar[float] = ref.E5M2_MAX
+
+
+@dataclass(frozen=True)
+class FP8Row(FP8):
+    """E4M3 codes with one fp32 scale per row: what MXFP8 is multiplied as on GPUs without block scales. No file format.
+
+    The scale is the power of two of the row's largest block, so that MXFP8 codes keep their bits (kernels.md 3).
+    """
+
+    layout: ClassVar[str] = "TesseraFP8RowLayout"
+    dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    max: ClassVar[float] = ref.E4M3_MAX
+
+    @property
+    def label(self) -> str:
+        return "fp8_row"
+
+    def storage(self, out_features, in_features):
+        weight = TensorSpec(self.dtype, (out_features, in_features))
+        return {"weight": weight, "weight_scale": TensorSpec(torch.float32, (out_features, 1))}
+
+    def encode(self, weight: Tensor) -> Quantized:
+        scale = ref.power_of_2_scale(weight.abs().amax(1, keepdim=True), self.max)
+        return Quantized((weight / scale).clamp(-self.max, self.max).to(self.dtype), scale)
+
+    def pack(self, quantized):
+        return {"weight": quantized.qdata, "weight_scale": quantized.scale.float()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 from pathlib import Path
 
@@ -16,24 +16,25 @@ import folder_paths
 import torch
 
 from ..checkpoint import BRANCH, DETECTION, EMBEDDINGS, QUANTIZATION_METADATA, Checkpoint, Layer
-from ..formats import FORMATS, Format, Plain, TensorSpec, from_record
 from ..kernels import dispatch
 from ..kernels.dispatch import Plan
-from ..quantization.lowrank import LowRank
+from ..kernels.facts import DeviceFacts
+from ..transcode import Cache
 from . import attaching
-from .smoothed import Smoothed
+from .operations import Loading, operations
 
 log = logging.getLogger("tessera")
 
-PLANS = "tessera_plans"  # attachment of a MODEL's patcher: {layer: (format label, Plan)}
-TEXT_ENCODER = Plan(dispatch.DECODE, "ComfyUI runs text encoders in full precision")
+PLANS = "tessera_plans"  # attachment of a MODEL's patcher: the Loading that planned its layers
 
 
-def load_diffusion_model(path: str, model_options: dict | None = None, speed: str = "auto", disable_dynamic=False):
+def load_diffusion_model(path: str, model_options: dict | None = None, speed: str = "auto", cache: bool = False,
+                         disable_dynamic=False):  # fmt: skip
     """A MODEL as `comfy.sd.load_diffusion_model` gives it, its quantized layers planned by `kernels.dispatch`.
 
-    Branches that are part of the file (absorb mode) run beside their layers. Files without quantized layers go to the
-    host unchanged. Raises ValueError for a file that must not be loaded.
+    Layers that the device does not multiply are transcoded, with `cache` once for all runs. Branches that are part of
+    the file (absorb mode) run beside their layers. Files without quantized layers go to the host unchanged. Raises
+    ValueError for a file that must not be loaded.
     """
     options = dict(model_options or {})
     file = _quantized_file(path)
@@ -43,22 +44,27 @@ def load_diffusion_model(path: str, model_options: dict | None = None, speed: st
     branches = _branches_in(state_dict)
     device = options.get("load_device", comfy.model_management.get_torch_device())
     compute = _compute_dtype(state_dict, metadata, device)
-    plans: dict[str, tuple[str, Plan]] = {}
+    loading = _loading(file, device, compute, speed, cache)
     if compute is not None:
-        options["custom_operations"] = operations(compute, dispatch.read_facts(device), speed, plans)
+        options["custom_operations"] = operations(compute, loading)
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
     )
     if model is None:
         raise ValueError(f"{file.name}: ComfyUI does not know this model's architecture; is it a diffusion model?")
-    model.cached_patcher_init = (load_diffusion_model, (path, dict(model_options or {}), speed))
+    model.cached_patcher_init = (load_diffusion_model, (path, dict(model_options or {}), speed, cache))
     _attach_own(file, model, branches)
-    _announce(file, model, plans)
+    _announce(file, model, loading)
     return model
 
 
-def load_clip(path: str, clip_type, model_options: dict | None = None, disable_dynamic=False):
-    """A CLIP as `comfy.sd.load_clip` gives it, for one file; quantized embeddings the host cannot take are decoded."""
+def load_clip(path: str, clip_type, model_options: dict | None = None, speed: str = "auto", cache: bool = False,
+              disable_dynamic=False):  # fmt: skip
+    """A CLIP as `comfy.sd.load_clip` gives it, for one file, its quantized layers run by their kernels.
+
+    The host decodes every weight of a text encoder for each prompt; `speed` exact does that too. Quantized embeddings
+    the host cannot take are decoded.
+    """
     options, folders = dict(model_options or {}), folder_paths.get_folder_paths("embeddings")
     file = _quantized_file(path)
     if file is None:
@@ -66,17 +72,17 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, disable_d
     state_dict, _ = _read(file, path)
     branches = _branches_in(state_dict)
     device = options.get("load_device", comfy.model_management.text_encoder_device())
-    plans: dict[str, tuple[str, Plan]] = {}
     compute = next(
         (t.dtype for k, t in state_dict.items() if k.endswith("norm.weight") and t.ndim == 1), torch.bfloat16
     )
-    options["custom_operations"] = operations(compute, dispatch.read_facts(device), "exact", plans, text_encoder=True)
+    loading = _loading(file, device, compute, speed, cache)
+    options["custom_operations"] = operations(compute, loading, text_encoder=True)
     clip = comfy.sd.load_text_encoder_state_dicts(
         [state_dict], folders, clip_type=clip_type, model_options=options, disable_dynamic=disable_dynamic
     )
-    clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {})))
+    clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {}), speed, cache))
     _attach_own(file, clip.patcher, branches, text_encoder=True)
-    _announce(file, clip.patcher, plans)
+    _announce(file, clip.patcher, loading)
     return clip
 
 
@@ -84,54 +90,38 @@ def _load_clip_patcher(*args, disable_dynamic=False):
     return load_clip(*args, disable_dynamic=disable_dynamic).patcher
 
 
-def operations(compute: torch.dtype, facts, speed: str, plans: dict, text_encoder: bool = False):
-    """The host's mixed-precision ops with a `Linear` that runs our plan; `plans` collects (format label, Plan)."""
-    disabled = {
-        name for name, cls in FORMATS.items()
-        if not issubclass(cls, Plain) and dispatch.plan(cls(), facts, speed).path == dispatch.DECODE
-    }  # fmt: skip
-    base = comfy.ops.mixed_precision_ops({}, compute, full_precision_mm=text_encoder, disabled=disabled)
+def _loading(file: Checkpoint, device: torch.device, compute, speed: str, cache: bool) -> Loading:
+    """What the layers of a file share while they are loaded."""
+    facts = dispatch.read_facts(device, compute)
+    loading = Loading(facts, speed, _has_room(file, facts), str(device))
+    if cache:
+        loading.cache = Cache(transcoded_folder() / f"{file.path.stem}.{_tag(file, facts)}.safetensors")
+    return loading
 
-    class Linear(Smoothed, base.Linear):
-        tessera_plan: Plan | None = None
-        tessera_branch: LowRank | None = None  # until the loader attaches it: then it belongs to a module of its own
 
-        def _load_from_state_dict(self, state_dict, prefix, *args):
-            parts = [state_dict.pop(f"{prefix}{part}", None) for part in BRANCH]
-            if parts[0] is not None:
-                self.tessera_branch = LowRank(*parts)
-            marked = state_dict.get(f"{prefix}comfy_quant")
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            format = _format(marked)
-            if format is not None:
-                self.tessera_plan = TEXT_ENCODER if text_encoder else dispatch.plan(format, facts, speed)
-                self._full_precision_mm = self.tessera_plan.path == dispatch.DECODE
-                plans[prefix.rstrip(".")] = (format.label, self.tessera_plan)
+def _has_room(file: Checkpoint, facts: DeviceFacts) -> bool:
+    """Whether the model with one byte per 4-bit weight would still fit the device, a tenth left for activations."""
+    if not facts.memory:
+        return True
+    grown = sum(layer.shape[0] * layer.shape[1] for layer in file.layers.values() if layer.format.codes_per_byte > 1)
+    return file.nbytes + grown // 2 <= 0.9 * facts.memory
 
-        def _forward(self, input, weight, bias):
-            decode = self.tessera_plan is not None and self.tessera_plan.path == dispatch.DECODE
-            if decode and isinstance(weight, comfy.quant_ops.QuantizedTensor):
-                weight = weight.dequantize()  # the host leaves int8 to its kernel even where a decode is asked for
-            return super()._forward(input, weight, bias)
 
-    class Operations(base):
-        pass
+def _tag(file: Checkpoint, facts: DeviceFacts) -> str:
+    """Says in a cache file's name which file and kind of device it is for."""
+    where = hashlib.blake2b(str(file.path.resolve()).encode(), digest_size=4).hexdigest()
+    return f"{where}-{facts.gpu.removeprefix('SM ').replace('.', '') or facts.device_name}"
 
-    Operations.Linear = Linear
-    return Operations
+
+def transcoded_folder() -> Path:
+    """Where transcoded layers are kept for the next start; need not exist, and may be removed at any time."""
+    return Path(folder_paths.get_user_directory()) / "tessera" / "transcoded"
 
 
 def plans(patcher) -> dict[str, tuple[str, Plan]]:
     """Format label and Plan of every quantized layer of a MODEL from our loader; empty for any other."""
-    return dict(patcher.get_attachment(PLANS) or {})
-
-
-def _format(marked: torch.Tensor | None) -> Format | None:
-    if marked is None:
-        return None
-    record = json.loads(marked.numpy().tobytes())
-    known = record.get("format") in FORMATS and "num_experts" not in record
-    return from_record(record, {"weight_scale": TensorSpec(torch.float32, (1, 1))}) if known else None
+    loading: Loading | None = patcher.get_attachment(PLANS)
+    return {} if loading is None else dict(loading.plans)
 
 
 def _quantized_file(path: str) -> Checkpoint | None:
@@ -220,14 +210,27 @@ def _attach_own(file: Checkpoint, patcher, expected: int, text_encoder: bool = F
         attaching.attach_own(patcher, file.name, taken, text_encoder)
 
 
-def _announce(file: Checkpoint, patcher, plans: dict) -> None:
-    patcher.set_attachments(PLANS, plans)
-    told = (*dispatch.summary(plans.values()), *attaching.absorbed_text(patcher))
-    for line in (*told, *(f"repaired: {r}" for r in file.repairs)):
+def _announce(file: Checkpoint, patcher, loading: Loading) -> None:
+    if loading.cache is not None:
+        loading.cache.save()
+        loading.cache = None  # and with it the tensors it holds
+    patcher.set_attachments(PLANS, loading)
+    for line in (*plan_lines(patcher), *(f"repaired: {r}" for r in file.repairs)):
         log.info("Tessera: %s: %s", file.name, line)
+
+
+def plan_lines(patcher) -> list[str]:
+    """How a loaded model's quantized layers run here: a line for each distinct plan, then what transcoding cost."""
+    loading: Loading | None = patcher.get_attachment(PLANS)
+    lines = dispatch.summary(plans(patcher).values())
+    if loading is not None and loading.costs:
+        distance, layer = max((cost[0], name) for name, cost in loading.costs.items())
+        added = max(cost[1] for cost in loading.costs.values())
+        lines.append(f"transcoded {len(loading.costs)} layers: weights moved by at most {distance:.2%} ({layer}), "
+                     f"which adds at most {added:.2%} to a layer's weight error")  # fmt: skip
+    return [*lines, *attaching.absorbed_text(patcher)]
 
 
 def plan_text(patcher) -> str:
     """How a loaded model's quantized layers run here, in words."""
-    lines = (*dispatch.summary(plans(patcher).values()), *attaching.absorbed_text(patcher))
-    return "\n".join(lines) or "no quantized layers"
+    return "\n".join(plan_lines(patcher)) or "no quantized layers"

@@ -1,0 +1,141 @@
+"""Kernels as torch.library operations: on CUDA our Triton, elsewhere the reference, whole for torch.compile and graphs.
+
+Each has a fake, so that tracing sees shapes only; none waits for the device. Optional tensors are None.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from . import reference as ref
+
+
+@torch.library.custom_op("tessera::int8_linear_cpu", mutates_args=())
+def int8_linear_cpu(x: Tensor, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None, t: Tensor | None,
+                    up: Tensor | None, code_max: int) -> Tensor:  # fmt: skip
+    """x [M, in] times an int8 weight [out, in] on the CPU, by the way that `cpu.choose` says; [M, out]."""
+    return cpu.int8_linear(x, weight, scale, group, bias, t, up, code_max)
+
+
+@int8_linear_cpu.register_fake
+def _(x, weight, scale, group, bias, t, up, code_max):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("tessera::decoded_linear_cpu", mutates_args=())
+def decoded_linear_cpu(x: Tensor, kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, n: int,
+                       group: int, bias: Tensor | None, t: Tensor | None, up: Tensor | None) -> Tensor:  # fmt: skip
+    """x [M, in] times a weight that is decoded some rows at a time, in fp32; [M, out]."""
+
+    def rows(part: slice) -> Tensor:
+        return ref.decode_rows(kind, qdata, scale, block_scale, part, x.shape[1], group)
+
+    return cpu.decoded_linear(x, rows, n, bias, t, up)
+
+
+@decoded_linear_cpu.register_fake
+def _(x, kind, qdata, scale, block_scale, n, group, bias, t, up):
+    return x.new_empty(x.shape[0], n)
+
+
+@torch.library.custom_op("tessera::rotate_quantize_int8", mutates_args=())
+def rotate_quantize_int8(x: Tensor, group: int, down: Tensor | None,
+                         strength: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """int8 codes [M, in] of the rotated x, row scales [M, 1], and the branch's middle [M, r] (r 0 without one)."""
+    if x.is_cuda:
+        q, scale, t = _gpu("activations").rotate_quantize_int8(x, group, down, strength)
+    else:
+        (q, scale), t = ref.quantize_rows(x, group), _middle(x, down, strength)
+    return q, scale, _given(t, x)
+
+
+@rotate_quantize_int8.register_fake
+def _(x, group, down, strength):
+    m = x.shape[0]
+    return (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(m, 1, dtype=torch.float32),
+            x.new_empty(m, 0 if down is None else down.shape[0]))  # fmt: skip
+
+
+@torch.library.custom_op("tessera::int8_gemm", mutates_args=())
+def int8_gemm(q: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, t: Tensor | None,
+              up: Tensor | None, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """Codes [M, in] times codes [out, in]^T, scaled, plus bias plus t up^T; rounded once to dtype."""
+    if q.is_cuda:
+        return _gpu("int8_gemm").int8_gemm(q, x_scale, weight, scale, bias, t, up, dtype)
+    return _finished(ref.int8_product(q, x_scale, weight, scale), bias, t, up, dtype)
+
+
+@int8_gemm.register_fake
+def _(q, x_scale, weight, scale, bias, t, up, dtype):
+    return q.new_empty(q.shape[0], weight.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("tessera::weight_only_gemm", mutates_args=())
+def weight_only_gemm(x: Tensor, kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, n: int,
+                     bias: Tensor | None, t: Tensor | None, up: Tensor | None) -> Tensor:  # fmt: skip
+    """x [M, in] times a weight whose codes are decoded inside the product; inputs are not rounded. [M, out]."""
+    if x.is_cuda:
+        return _gpu("weight_only").weight_only_gemm(x, kind, qdata, scale, block_scale, bias, t, up, n)
+    weight = ref.decode_rows(kind, qdata, scale, block_scale, slice(0, n), x.shape[1], 0)
+    return _finished(x.float() @ weight.T, bias, t, up, x.dtype)
+
+
+@weight_only_gemm.register_fake
+def _(x, kind, qdata, scale, block_scale, n, bias, t, up):
+    return x.new_empty(x.shape[0], n)
+
+
+@torch.library.custom_op("tessera::dequantize", mutates_args=())
+def dequantize(kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, n: int, k: int, group: int,
+               dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """The weight [n, k] that the codes stand for, in dtype."""
+    if qdata.is_cuda and _has_triton():
+        kernels = _gpu("dequantize")
+        if kind == "nvfp4":
+            return kernels.dequantize_nvfp4(qdata, block_scale, scale, n, k, dtype)
+        if kind == "mxfp8":
+            return kernels.dequantize_mxfp8(qdata, scale, n, k, dtype)
+        if kind == "int8":
+            return kernels.dequantize_int8(qdata, scale, group, dtype)
+    return ref.decode_rows(kind, qdata, scale, block_scale, slice(0, n), k, group).to(dtype)
+
+
+@dequantize.register_fake
+def _(kind, qdata, scale, block_scale, n, k, group, dtype):
+    return qdata.new_empty(n, k, dtype=dtype)
+
+
+def _finished(y: Tensor, bias: Tensor | None, t: Tensor | None, up: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The end of every product: bias and branch are added in fp32, before the only rounding."""
+    if bias is not None:
+        y = y + bias.float()
+    if t is not None and up is not None:
+        y = torch.addmm(y, t.float(), up.float().T)
+    return y.to(dtype)
+
+
+def _middle(x: Tensor, down: Tensor | None, strength: Tensor | None) -> Tensor | None:
+    return None if down is None else ref.branch_middle(x, down, strength)
+
+
+def _given(t: Tensor | None, x: Tensor) -> Tensor:
+    """An op returns tensors only: no branch is a middle without columns."""
+    return x.new_empty(x.shape[0], 0) if t is None else t
+
+
+def _gpu(module: str):
+    """Our Triton kernels, imported when a plan first needs them."""
+    import importlib
+
+    return importlib.import_module(f".gpu.{module}", __package__)
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    from .facts import triton_version
+
+    return (triton_version() or (0, 0)) >= (3, 6)
