@@ -39,18 +39,20 @@ def balance(
     weight_scale: Tensor | None = None,
     rms: Tensor | float = 1.0,
     input_scale: Tensor | None = None,
+    headroom: float = 1.0,
 ) -> Balance | str:
     """Factors for the K-extension of down A [R, K] and up B [N, R], or why it cannot serve: then add the branch apart.
 
     d_j = c 2^round(-log2 ||A_j||): equal magnitudes over the ranks; c makes both factors take the same part of their
     range. weight_scale is [] for nvfp4 and fp8, [N, 1] for fp8_row; mxfp8 has no shared scale and no limit.
     Without data max|t_j| is taken as ||A_j|| max|x|; `rms` of x ([K] or a number) with the static `input_scale` [], if
-    known, say it better.
+    known, say it better. `headroom`: how many times larger than needed the caller makes the scale of x; what stands
+    under it is floating point, so that 2 to 16 cost x nothing and let t be as many times larger.
     """
     a, b = down.float(), up.float()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return "the branch has values that are not finite; repair the LoRA file"
-    reach = _reach(a, rms, input_scale).double()
+    reach = _reach(a, rms, input_scale) / headroom
     live = (reach > 0) & torch.isfinite(reach)
     b = torch.where(live, b, 0.0)  # t_j is 0 there: whatever B_j is must not decide the others' range
     part = _part(kind, b, weight_scale).double()
@@ -62,7 +64,7 @@ def balance(
     power, inverse = _power(exponents), _power(-exponents)
     folded, spread = (a * power.unsqueeze(1)).to(down.dtype), b * inverse
     for name, factor, back in (("down", a, folded.float() * inverse.unsqueeze(1)), ("up", b.T, (spread * power).T)):
-        kept = (back - factor).norm(dim=1) <= LOSS * factor.norm(dim=1)
+        kept = (back - factor).double().norm(dim=1) <= LOSS * factor.double().norm(dim=1)
         if not kept.all():
             rank = int((~kept).nonzero()[0])
             return f"the {name} factor of rank {rank} leaves its dtype's range when scaled by 2^{exponents[rank]}"
@@ -71,12 +73,12 @@ def balance(
 
 
 def _reach(down: Tensor, rms: Tensor | float, input_scale: Tensor | None) -> Tensor:
-    """max|t_j| expected, over max|x| [R]."""
-    rms = torch.as_tensor(rms, dtype=torch.float32, device=down.device)
+    """max|t_j| expected, over max|x| [R]; in fp64, where no square of fp32 leaves the range."""
+    rms = torch.as_tensor(rms, device=down.device).double()
     largest = PEAK * rms.square().mean().sqrt()
     if input_scale is not None:
-        largest = RANGE["nvfp4"] * input_scale.to(down.device)
-    return PEAK * torch.linalg.vector_norm(down * rms, dim=1) / largest
+        largest = RANGE["nvfp4"] * input_scale.to(down.device).double()
+    return PEAK * torch.linalg.vector_norm(down.double() * rms, dim=1) / largest
 
 
 def _part(kind: str, up: Tensor, weight_scale: Tensor | None) -> Tensor:

@@ -94,6 +94,10 @@ class Extension:
     block_scale: Tensor | None  # [rows, E/block], not swizzled; None for fp8_row
 
     @property
+    def columns(self) -> int:
+        return self.qdata.shape[1] * _geometry(self.kind)[1]
+
+    @property
     def nbytes(self) -> int:
         return self.qdata.nbytes + (0 if self.block_scale is None else self.block_scale.nbytes)
 
@@ -128,9 +132,11 @@ def strip(kind: str, qdata: Tensor, scale: Tensor, columns: int) -> tuple[Tensor
     return qdata.view(torch.uint8)[:, :width].contiguous().view(qdata.dtype), scale
 
 
-def write(extension: Extension, qdata: Tensor, scale: Tensor) -> None:
-    """Puts the extension into the operand's last columns, in place; no other byte is touched."""
+def write(extension: Extension, qdata: Tensor, scale: Tensor, columns: int) -> None:
+    """Puts the extension into the operand's `columns` reserved ones, in place; no other byte is touched."""
     rows, width = extension.qdata.shape
+    if extension.columns != columns:
+        raise ValueError(f"the branch takes {extension.columns} columns, {columns} are reserved; reserve as many")
     if rows != qdata.shape[0]:
         raise ValueError(f"the branch has {rows} rows, the operand {qdata.shape[0]}; encode it for this layer")
     qdata.view(torch.uint8)[:, qdata.shape[1] - width :] = extension.qdata.view(torch.uint8)
@@ -164,7 +170,7 @@ def extend_input(
     """
     values = extended_middle(kind, t, scale, layout)
     qdata, x_scale = reserve(kind, x_q, x_scale, layout.columns)
-    write(_encode(kind, values, scale, x_q.shape[0]), qdata, x_scale)
+    write(_encode(kind, values, scale, x_q.shape[0]), qdata, x_scale, layout.columns)
     return qdata, x_scale
 
 

@@ -211,9 +211,10 @@ def packed_decode(kind: str, qdata: Tensor, scale: Tensor, tensor_scale: Tensor 
     nvfp4: bytes, swizzled E4M3 block scales and the tensor scale []; mxfp8: codes and swizzled E8M0 exponents;
     fp8, fp8_row: codes and scales [] or [rows, 1].
     """
+    rows = slice(0, qdata.shape[0])
     if kind == "nvfp4":
-        return decode_rows(kind, qdata, tensor_scale, scale, slice(None), 2 * qdata.shape[1])
-    return decode_rows(kind, qdata, scale, None, slice(None), qdata.shape[1])
+        return decode_rows(kind, qdata, tensor_scale, scale, rows, 2 * qdata.shape[1])
+    return decode_rows(kind, qdata, scale, None, rows, qdata.shape[1])
 
 
 def packed_product(kind: str, x: tuple[Tensor, ...], weight: tuple[Tensor, ...]) -> Tensor:
@@ -222,5 +223,5 @@ def packed_product(kind: str, x: tuple[Tensor, ...], weight: tuple[Tensor, ...])
 
 
 def hadamard(group: int, device: torch.device) -> Tensor:
-    """The regular Hadamard matrix [group, group] that `rotate` multiplies by: symmetric, orthogonal. Shared: read only."""
+    """The matrix [group, group] that `rotate` multiplies by: symmetric, orthogonal; shared, so read only."""
     return _hadamard(group, device)
