@@ -31,13 +31,18 @@ class Balance:
     rho_t: float  # the part of the input's range that t' is expected to take at strength 1; 0: no shared scale
     rho_b: float  # the part of the weight's range that B' takes, at most 1; 0: no shared scale
 
+    @property
+    def powers(self) -> Tensor:
+        """d, fp32 [R]: for a caller that multiplies t by strength * d rather than keep `down`."""
+        return _power(self.exponents)
+
 
 def balance(
     kind: str,
     down: Tensor,
     up: Tensor,
     weight_scale: Tensor | None = None,
-    rms: Tensor | float = 1.0,
+    rms: Tensor | float | None = None,
     input_scale: Tensor | None = None,
     headroom: float = 1.0,
 ) -> Balance | str:
@@ -45,9 +50,10 @@ def balance(
 
     d_j = c 2^round(-log2 ||A_j||): equal magnitudes over the ranks; c makes both factors take the same part of their
     range. weight_scale is [] for nvfp4 and fp8, [N, 1] for fp8_row; mxfp8 has no shared scale and no limit.
-    Without data max|t_j| is taken as ||A_j|| max|x|; `rms` of x ([K] or a number) with the static `input_scale` [], if
-    known, say it better. `headroom`: how many times larger than needed the caller makes the scale of x; what stands
-    under it is floating point, so that 2 to 16 cost x nothing and let t be as many times larger.
+    max|t_j| is taken as ||A_j|| max|x|, which suits inputs without outliers; `rms` of x ([K] or a number) together with
+    a static `input_scale` [] says it better, [K] alone a little. `headroom`: how many times larger than needed the
+    caller makes the scale of x; what stands under it is floating point, so that 2 to 16 cost x nothing and let t be as
+    many times larger.
     """
     a, b = down.float(), up.float()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
@@ -72,13 +78,16 @@ def balance(
     return Balance(folded, spread, exponents, *((rho_t.item(), rho_b.item()) if kind in RANGE else (0.0, 0.0)))
 
 
-def _reach(down: Tensor, rms: Tensor | float, input_scale: Tensor | None) -> Tensor:
+def _reach(down: Tensor, rms: Tensor | float | None, input_scale: Tensor | None) -> Tensor:
     """max|t_j| expected, over max|x| [R]; in fp64, where no square of fp32 leaves the range."""
+    down = down.double()
+    if rms is None:  # a static scale alone says nothing of how far t stays below it
+        return torch.linalg.vector_norm(down, dim=1)
     rms = torch.as_tensor(rms, device=down.device).double()
     largest = PEAK * rms.square().mean().sqrt()
     if input_scale is not None:
         largest = RANGE["nvfp4"] * input_scale.to(down.device).double()
-    return PEAK * torch.linalg.vector_norm(down.double() * rms, dim=1) / largest
+    return PEAK * torch.linalg.vector_norm(down * rms, dim=1) / largest
 
 
 def _part(kind: str, up: Tensor, weight_scale: Tensor | None) -> Tensor:

@@ -334,7 +334,8 @@ def test_balance_is_exact_and_keeps_the_product(kind, dtype):
     down, up = (t.to(dtype) for t in random_branch((96, 512), 24, 0.05))
     down = down * torch.exp2(torch.arange(24) % 5 - 2.0).to(dtype).unsqueeze(1)
     found = balance(kind, down, up, operand(kind, normal(96, 512, scale=0.02))[2])
-    power = torch.exp2(found.exponents.float())
+    power = found.powers
+    assert torch.equal(power, torch.exp2(found.exponents.double()).float())
     assert found.down.dtype == dtype
     lost = found.down.float() / power.unsqueeze(1) - down.float()
     assert lost.norm() <= (0 if dtype == torch.bfloat16 else 1e-4) * down.float().norm()
@@ -350,6 +351,8 @@ def test_known_input_statistics_replace_the_guess():
     scale = operand("nvfp4", normal(96, 512, scale=0.02))[2]
     guess = balance("nvfp4", down, up, scale)
     assert torch.equal(balance("nvfp4", down, up, scale, rms=37.0).exponents, guess.exponents)
+    scaled = balance("nvfp4", down, up, scale, input_scale=torch.tensor(1e-9))
+    assert torch.equal(scaled.exponents, guess.exponents)  # a scale without the rms under it says nothing
     known = balance("nvfp4", down, up, scale, rms=torch.ones(512), input_scale=torch.tensor(96.0 / 2688))
     assert known.rho_t * known.rho_b < guess.rho_t * guess.rho_b / 8  # outliers leave the branch more room
 
