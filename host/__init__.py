@@ -9,7 +9,7 @@ from .attaching import (
     lora_beside,
     quantized_layers,
 )
-from .loading import load_clip, load_diffusion_model, plan_text, plans
+from .loading import load_clip, load_diffusion_model, plan_text, plans, transcoded_folder
 from .memory import ModelSource, clip_source, model_source
 from .probing import ACTIVATIONS as PROBED_ACTIVATIONS
 from .probing import Budget, measure
@@ -36,5 +36,5 @@ __all__ = [
     "calibrations", "clip_source", "compute_device", "coverage", "filenames", "full_path", "lacks_branch",
     "listed_name", "load_clip", "load_diffusion_model", "lora_beside", "make_room", "measure", "model_source",
     "new_calibration_path", "new_recipe_path", "output_path", "plan_text", "plans",
-    "quantized_layers", "recipes_folder", "record", "say",
+    "quantized_layers", "recipes_folder", "record", "say", "transcoded_folder",
 ]  # fmt: skip

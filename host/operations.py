@@ -18,10 +18,12 @@ from .. import transcode
 from ..branch import Branch, SideBranch
 from ..checkpoint import BRANCH
 from ..formats import FORMATS, Format, Plain, TensorSpec, from_record, marker
-from ..kernels import dispatch, linear
+from ..kernels import dispatch, extended, kextension, linear
 from ..kernels.dispatch import Plan
 from ..kernels.facts import DeviceFacts
 from ..kernels.linear import LowRankBranch, Stored
+from ..kernels.ops import PADS
+from ..kernels.reference import round_up
 from ..quantization.lowrank import LowRank
 from . import fp8_row
 from .smoothed import Smoothed
@@ -32,6 +34,7 @@ KINDS = {
     "TensorCoreNVFP4Layout": "nvfp4", "TensorCoreMXFP8Layout": "mxfp8", "TensorWiseINT8Layout": "int8",
     "TensorCoreFP8E4M3Layout": "fp8", "TensorCoreFP8E5M2Layout": "fp8", fp8_row.LAYOUT: "fp8_row",
 }  # fmt: skip
+EXTENDED = ("nvfp4", "mxfp8", "fp8_row")  # kernels that take branches in reserved columns of the weight
 OLD = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 
 
@@ -88,6 +91,8 @@ class Planned:
         self.tessera_branches: list[tuple[Branch, SideBranch]] = []
         self.tessera_runs: Counter[str] = Counter()  # forward calls by the kernel that ran
         self._scanned = lambda: None
+        self._encoded: tuple = (None, None)  # (which branches, Extended or why not)
+        self._placed: tuple = (lambda: None, None)  # (weak: the buffer, the Extended that stands in it)
 
     # Loading
 
@@ -105,6 +110,8 @@ class Planned:
             return
         if plan.target == "fp8_row":
             fp8_row.adopt(self)
+        if plan.kernel in EXTENDED:
+            self._reserve(plan.kernel)
         self.tessera_plan, self.tessera_code_max = plan, plan.code_max
         # what the host's own forward does, where it has to: decode, unless its kernel is the plan
         self._full_precision_mm = (
@@ -136,6 +143,36 @@ class Planned:
         state_dict[f"{prefix}comfy_quant"] = marker(record)
         self.tessera_format = made.format
         return plan
+
+    def _reserve(self, kind: str) -> None:
+        """Gives the packed weight columns for branches: to the host they are padding."""
+        rank = 0 if self.tessera_branch is None else self.tessera_branch.rank
+        columns = min(kextension.MOST, max(kextension.STEP, round_up(3 * rank, kextension.STEP)))
+        weight, params = self.weight, self.weight._params
+        tiled = "block_scale" if kind == "nvfp4" else "scale"
+        qdata, scale = kextension.reserve(kind, weight._qdata, getattr(params, tiled), columns)
+        params = dataclasses.replace(params, **{tiled: scale})
+        wide = comfy.quant_ops.QuantizedTensor(qdata, weight._layout_cls, params)
+        self.weight = torch.nn.Parameter(wide, requires_grad=False)
+
+    def _extension(self, weight) -> int:
+        """Reserved columns of a packed weight; none where the host has put another in its place."""
+        kind = KINDS[weight._layout_cls]
+        if kind not in EXTENDED or self.tessera_plan.kernel != kind:
+            return 0
+        columns = weight._qdata.shape[1] * (2 if kind == "nvfp4" else 1)
+        return columns - round_up(self.in_features, PADS[kind][1])
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        found = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        weight = self.weight
+        columns = self._extension(weight) if isinstance(weight, comfy.quant_ops.QuantizedTensor) and (
+            self.tessera_plan is not None) else 0  # fmt: skip
+        if columns:
+            keys = f"{prefix}weight", f"{prefix}weight_scale"
+            pair = kextension.strip(KINDS[weight._layout_cls], found[keys[0]], found[keys[1]], columns)
+            found.update(zip(keys, pair, strict=True))
+        return found
 
     # Running
 
@@ -180,12 +217,13 @@ class Planned:
             y = torch.nn.functional.linear(x, weight, bias)
             fused, beside = None, self.tessera_branches
         else:
-            fused, beside = self._joined(input) if x is input else (None, self.tessera_branches)
+            stored = self._stored(weight, x)
+            fused, beside = self._joined(input, stored) if x is input else (None, self.tessera_branches)
             self._count(self.tessera_plan.kernel)
-            y = linear.run(self.tessera_plan.kernel, x, self._stored(weight, x), bias, fused)
+            y = linear.run(self.tessera_plan.kernel, x, stored, bias, fused)
         return _added(y, input, beside)
 
-    def _joined(self, x: Tensor) -> tuple[LowRankBranch | None, list[tuple[Branch, SideBranch]]]:
+    def _joined(self, x: Tensor, stored: Stored) -> tuple[LowRankBranch | None, list[tuple[Branch, SideBranch]]]:
         """(all branches of the whole output as one, concatenated in rank; those that change only some rows)."""
         whole = [(item, side) for item, side in self.tessera_branches if item.fuses]
         beside = [(item, side) for item, side in self.tessera_branches if not item.fuses]
@@ -196,7 +234,27 @@ class Planned:
             LowRankBranch(cast(item.down.weight, x.device, x.dtype), cast(item.up.weight, x.device, x.dtype),
                           side.strength_on(x.device)) for item, side in whole
         ]  # fmt: skip
-        return (LowRankBranch.join(parts) if parts else None), beside
+        if not parts:
+            return None, beside
+        joined = LowRankBranch.join(parts)
+        return (self._carried(stored, joined, whole) if stored.extension else joined), beside
+
+    def _carried(self, stored: Stored, branch: LowRankBranch, whole: list) -> LowRankBranch:
+        """The branch with its codes in the weight's reserved columns, where they fit; else as it was."""
+        which = tuple(id(item) for item, _ in whole), stored.qdata.device, stored.extension
+        if self._encoded[0] != which:
+            ranks = [item.down.weight.shape[0] for item, _ in whole]
+            self._encoded = which, extended.encode(stored, branch, ranks, [side.absorbed for _, side in whole])
+        found = self._encoded[1]
+        if isinstance(found, str):
+            return branch
+        buffer, standing = self._placed
+        if buffer() is not stored.qdata or standing is not found:
+            if torch.compiler.is_compiling():  # a graph must not write into a weight
+                return branch
+            extended.place(stored, found)
+            self._placed = weakref.ref(stored.qdata), found
+        return dataclasses.replace(branch, extended=found)
 
     def _stored(self, weight, x: Tensor) -> Stored:
         params, kind = weight._params, KINDS[weight._layout_cls]
@@ -205,7 +263,7 @@ class Planned:
             scale = comfy.model_management.cast_to_device(scale, x.device, None)
         group = params.convrot_groupsize if getattr(params, "convrot", False) else 0
         return Stored(kind, self._orig_shape, weight._qdata, params.scale, getattr(params, "block_scale", None), group,
-                      self._safe_codes() if kind == "int8" else 127, scale)  # fmt: skip
+                      self._safe_codes() if kind == "int8" else 127, scale, self._extension(weight))  # fmt: skip
 
     def _safe_codes(self) -> int:
         """The largest int8 code: that of the plan, unless the host has put another weight in its place."""
@@ -235,7 +293,7 @@ class Planned:
     def attach_branch(self, item: Branch, side: SideBranch) -> Detach:
         """Adds a branch to the product, at the side's strength; the handle takes it out again."""
         pair = (item, side)
-        self.tessera_branches = [*self.tessera_branches, pair]
+        self.tessera_branches, self._encoded = [*self.tessera_branches, pair], (None, None)
         return Detach(self, pair)
 
 
@@ -249,6 +307,7 @@ class Detach:
         layer = self._layer()
         if layer is not None:
             layer.tessera_branches = [pair for pair in layer.tessera_branches if pair is not self._pair]
+            layer._encoded = (None, None)
 
 
 def _added(y: Tensor, x: Tensor, branches: list[tuple[Branch, SideBranch]]) -> Tensor:

@@ -6,11 +6,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import ops
+
+if TYPE_CHECKING:
+    from .extended import Extended
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class LowRankBranch:
     down: Tensor  # [r, in]
     up: Tensor  # [out, r]
     strength: Tensor  # [r] or []: moved without touching a weight
+    extended: Extended | None = None  # the same, encoded, where the weight carries it in reserved columns
 
     @classmethod
     def join(cls, branches: list[LowRankBranch]) -> LowRankBranch:
@@ -57,19 +62,21 @@ Kernel = Callable[[Tensor, Stored, Tensor | None, LowRankBranch | None], Tensor]
 KERNELS: dict[str, Kernel] = {}
 
 
-def run(kernel: str, x: Tensor, weight: Stored, bias: Tensor | None = None,
+def run(name: str, x: Tensor, weight: Stored, bias: Tensor | None = None,
         branch: LowRankBranch | None = None) -> Tensor:  # fmt: skip
     """x [..., in] times the weight^T plus bias [out] plus branch, as [..., out] in x's dtype.
 
-    `kernel` is a plan's. Any shape with in_features last, empty ones included.
+    `name` is a plan's kernel. Any shape with in_features last, empty ones included.
     """
     rows = x.reshape(-1, x.shape[-1])
     if not rows.shape[0]:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
-    return KERNELS[kernel](rows, weight, bias, branch).reshape(*x.shape[:-1], weight.shape[0])
+    return KERNELS[name](rows, weight, bias, branch).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _kernel(name: str) -> Callable[[Kernel], Kernel]:
+def kernel(name: str) -> Callable[[Kernel], Kernel]:
+    """Registers the way that plans call `name`."""
+
     def register(function: Kernel) -> Kernel:
         KERNELS[name] = function
         return function
@@ -77,14 +84,14 @@ def _kernel(name: str) -> Callable[[Kernel], Kernel]:
     return register
 
 
-@_kernel("cpu_int8")
-@_kernel("cpu_widened")
+@kernel("cpu_int8")
+@kernel("cpu_widened")
 def _cpu_int8(x, weight, bias, branch):
     t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
     return ops.int8_linear_cpu(x, weight.qdata, weight.scale, weight.group, bias, t, up, weight.code_max)
 
 
-@_kernel("cpu_decoded")
+@kernel("cpu_decoded")
 def _cpu_decoded(x, weight, bias, branch):
     t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
     return ops.decoded_linear_cpu(
@@ -92,7 +99,7 @@ def _cpu_decoded(x, weight, bias, branch):
     )
 
 
-@_kernel("int8")
+@kernel("int8")
 def _kitchen_int8(x, weight, bias, branch):
     import comfy_kitchen as ck
 
@@ -113,14 +120,14 @@ def _takes_residual() -> bool:
     return {"residual", "residual_scale"} <= inspect.signature(comfy_kitchen.int8_linear).parameters.keys()
 
 
-@_kernel("int8_fused")
+@kernel("int8_fused")
 def _int8_fused(x, weight, bias, branch):
     down, strength, up = _factors(branch)
     q, scale, t = ops.rotate_quantize_int8(x, weight.group, down, strength)
     return ops.int8_gemm(q, scale, weight.qdata, weight.scale, bias, t if branch else None, up, x.dtype)
 
 
-@_kernel("weight_only")
+@kernel("weight_only")
 def _weight_only(x, weight, bias, branch):
     t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
     return ops.weight_only_gemm(
@@ -128,7 +135,7 @@ def _weight_only(x, weight, bias, branch):
     )
 
 
-@_kernel("decode")
+@kernel("decode")
 def _decode(x, weight, bias, branch):
     dense = ops.dequantize(
         weight.kind, weight.qdata, weight.scale, weight.block_scale, *weight.shape, weight.group, x.dtype
@@ -139,3 +146,6 @@ def _decode(x, weight, bias, branch):
 
 def _factors(branch: LowRankBranch | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (None, None, None) if branch is None else (branch.down, branch.strength, branch.up)
+
+
+from . import extended  # noqa: E402,F401 registers its kernels

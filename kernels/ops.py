@@ -13,6 +13,8 @@ from torch import Tensor
 from . import cpu
 from . import reference as ref
 
+PADS = {"nvfp4": (16, 16), "mxfp8": (32, 32), "fp8_row": (1, 1)}  # of rows and columns, in an operand
+
 
 @torch.library.custom_op("tessera::int8_linear_cpu", mutates_args=())
 def int8_linear_cpu(x: Tensor, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None, t: Tensor | None,
@@ -107,6 +109,83 @@ def dequantize(kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | No
 @dequantize.register_fake
 def _(kind, qdata, scale, block_scale, n, k, group, dtype):
     return qdata.new_empty(n, k, dtype=dtype)
+
+
+@torch.library.custom_op("tessera::quantize_blocks", mutates_args=())
+def quantize_blocks(kind: str, x: Tensor, scale: Tensor, down: Tensor | None, strength: Tensor | None,
+                    extension: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x [M, in] as the operand of a block-scaled or fp8 GEMM, padded: codes, scales, and the branch's middle [M, r].
+
+    scale: [] for nvfp4, [M, 1] for fp8_row, unused for mxfp8. With `extension` the middle stands in that many columns
+    behind x instead (zero without a branch), and comes back with no columns.
+    """
+    if x.is_cuda and kind in ("nvfp4", "mxfp8") and _has_triton():
+        kernels = _gpu("activations")
+        if kind == "nvfp4":
+            q, block_scale, t = kernels.quantize_nvfp4(x, scale, down, strength, extension)
+        else:
+            q, block_scale, t = kernels.quantize_mxfp8(x, down, strength, extension)
+        return q, block_scale, _given(t, x)
+    t = _middle(x, down, strength)
+    row, column = PADS[kind]
+    padded = ref.pad_to(x.float(), ref.round_up(x.shape[0], row), ref.round_up(x.shape[1], column))
+    if extension:
+        tail = x.new_zeros(padded.shape[0], extension, dtype=torch.float32)
+        if t is not None:
+            tail[: x.shape[0], : t.shape[1]] = t
+        padded, t = torch.cat((padded, tail), 1), None
+    return *_codes(kind, padded, scale), _given(t, x)
+
+
+@quantize_blocks.register_fake
+def _(kind, x, scale, down, strength, extension):
+    row, column = PADS[kind]
+    m, k = ref.round_up(x.shape[0], row), ref.round_up(x.shape[1], column) + extension
+    rank = 0 if down is None or extension else down.shape[0]
+    t = x.new_empty(x.shape[0], rank)
+    if kind == "fp8_row":
+        return x.new_empty(m, k, dtype=torch.float8_e4m3fn), x.new_empty(m, 1, dtype=torch.float32), t
+    block = ref.BLOCKS[kind]
+    scales = (ref.round_up(m, 128), ref.round_up(k // block, 4))
+    if kind == "nvfp4":
+        return x.new_empty(m, k // 2, dtype=torch.uint8), x.new_empty(scales, dtype=torch.float8_e4m3fn), t
+    return x.new_empty(m, k, dtype=torch.float8_e4m3fn), x.new_empty(scales, dtype=torch.uint8), t
+
+
+def _codes(kind: str, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    if kind == "nvfp4":
+        codes, block_scale = ref.nvfp4_codes(x, scale)
+        return ref.pack_nibbles(codes), ref.swizzle(block_scale.view(torch.uint8)).view(torch.float8_e4m3fn)
+    if kind == "mxfp8":
+        codes, exponents = ref.mxfp8_codes(x)
+        return codes, ref.swizzle(exponents)
+    return ref.fp8_codes(x, scale), scale.clone()
+
+
+@torch.library.custom_op("tessera::block_product", mutates_args=())
+def block_product(kind: str, x: Tensor, x_scales: Tensor, sx: Tensor, weight: Tensor, scales: Tensor, sw: Tensor,
+                  bias: Tensor | None, m: int, n: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """Two quantized operands multiplied, plus bias; [m, n], padding cut off. sx, sw: nvfp4's tensor scales."""
+    if not x.is_cuda:
+        mine = (x, x_scales, sx) if kind == "nvfp4" else (x, x_scales)
+        theirs = (weight, scales, sw) if kind == "nvfp4" else (weight, scales)
+        return _finished(ref.packed_product(kind, mine, theirs)[:m, :n], bias, None, None, dtype)
+    if kind == "fp8_row":
+        return torch._scaled_mm(x, weight.T, x_scales, scales.reshape(1, -1), bias=bias, out_dtype=dtype)
+    import comfy_kitchen as ck
+
+    bias = bias if bias is None or weight.shape[0] == n else torch.nn.functional.pad(bias, (0, weight.shape[0] - n))
+    if kind == "nvfp4":
+        y = ck.scaled_mm_nvfp4(x, weight, sx, sw, x_scales, scales, bias=bias, out_dtype=dtype)
+    else:
+        exponents = x_scales.view(torch.float8_e8m0fnu), scales.view(torch.float8_e8m0fnu)
+        y = ck.scaled_mm_mxfp8(x, weight, *exponents, bias=bias, out_dtype=dtype)
+    return y if y.shape == (m, n) else y[:m, :n].contiguous()
+
+
+@block_product.register_fake
+def _(kind, x, x_scales, sx, weight, scales, sw, bias, m, n, dtype):
+    return x.new_empty(m, n, dtype=dtype)
 
 
 def _finished(y: Tensor, bias: Tensor | None, t: Tensor | None, up: Tensor | None, dtype: torch.dtype) -> Tensor:

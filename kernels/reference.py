@@ -151,7 +151,7 @@ def decode_rows(kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | N
 
     kind nvfp4, mxfp8 (`scale` holds the swizzled exponents), int8 (rotated back if `group`), fp8, fp8_row.
     """
-    codes = qdata[rows]
+    codes, rows = qdata[rows], slice(*rows.indices(qdata.shape[0])[:2])
     if kind == "nvfp4":
         blocks = unswizzle_rows(block_scale.view(torch.uint8), rows, -(-columns // 16)).view(torch.float8_e4m3fn)
         values = e2m1_decode(unpack_nibbles(codes))[:, : blocks.shape[1] * 16].unflatten(1, (-1, 16))

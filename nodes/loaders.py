@@ -18,8 +18,13 @@ WEIGHT_DTYPES = {
 }
 SPEED = io.Combo.Input(
     "speed", options=list(SPEEDS), default="auto", optional=True, advanced=True,
-    tooltip="auto: multiply with the fastest kernel this device has for each layer's format. "
-    "exact: decode every weight and multiply in full precision, slower.",
+    tooltip="auto: each layer by the fastest kernel of this device; formats that it does not multiply are turned into "
+    "one that it does, once, while loading. exact: decode every weight and multiply in full precision, slower.",
+)  # fmt: skip
+CACHE = io.Boolean.Input(
+    "cache", default=False, optional=True, advanced=True,
+    tooltip="Keep layers that were turned into another format on disk, in user/tessera/transcoded, so that the next "
+    "start only reads them. Takes about a byte per weight; the folder may be emptied at any time.",
 )  # fmt: skip
 
 
@@ -39,7 +44,7 @@ class DiffusionModelLoader(io.ComfyNode):
                                tooltip="A safetensors file in models/diffusion_models, quantized or not."),
                 io.Combo.Input("weight_dtype", options=_core_choices("UNETLoader", "weight_dtype"), advanced=True,
                                tooltip="For files that are not quantized; leave it at default for those that are."),
-                SPEED,
+                SPEED, CACHE,
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -49,9 +54,9 @@ class DiffusionModelLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, unet_name, weight_dtype="default", speed="auto"):
+    def execute(cls, unet_name, weight_dtype="default", speed="auto", cache=False):
         path = host.full_path("diffusion_models", unet_name)
-        model = host.load_diffusion_model(path, WEIGHT_DTYPES[weight_dtype], speed)
+        model = host.load_diffusion_model(path, WEIGHT_DTYPES[weight_dtype], speed, cache)
         host.say(cls.hidden.unique_id, host.plan_text(model))
         return io.NodeOutput(model)
 
@@ -68,6 +73,7 @@ class CLIPLoader(io.ComfyNode):
                                tooltip="What the text encoder is for, as in Load CLIP."),
                 io.Combo.Input("device", options=_core_choices("CLIPLoader", "device"), optional=True, advanced=True,
                                tooltip="cpu keeps the text encoder off the GPU."),
+                SPEED, CACHE,
             ],
             outputs=[io.Clip.Output()],
             hidden=[io.Hidden.unique_id],
@@ -76,10 +82,10 @@ class CLIPLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, clip_name, type="stable_diffusion", device="default"):
+    def execute(cls, clip_name, type="stable_diffusion", device="default", speed="auto", cache=False):
         clip_type = getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
-        clip = host.load_clip(host.full_path("text_encoders", clip_name), clip_type, options)
+        clip = host.load_clip(host.full_path("text_encoders", clip_name), clip_type, options, speed, cache)
         host.say(cls.hidden.unique_id, host.plan_text(clip.patcher))
         return io.NodeOutput(clip)
