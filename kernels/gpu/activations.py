@@ -37,7 +37,7 @@ class Config(NamedTuple):
 def config(rank: int) -> Config:
     padded = max(32, triton.next_power_of_2(rank))
     if padded <= 64:
-        return Config(padded, 128, 2, 4)
+        return Config(padded, 128, 2, 8)
     return Config(padded, 64, 1, 8)
 
 
@@ -96,7 +96,7 @@ def _int8(x, up, group, down, s):
     if not m:
         return q, scale, t
     c, down, s, s_step = _branch(down if rank else None, s)
-    rows = 16 if m <= 16 else ROWS
+    rows = 16 if m <= 16 or c.rank > 128 or x.dtype == torch.float32 else ROWS  # the latter two: for their registers
     with on_device(x):
         int8_quantize_kernel[(triton.cdiv(m, rows),)](
             x, up, q, scale, down, s, t if rank else None, m, k, rank, s_step,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import INTERPRETED
+
 
 @triton.jit
 def float_bits(x):
@@ -41,11 +43,24 @@ def rounded(x):
 
 
 @triton.jit
+def divide(x, divisor, inverse):
+    """The IEEE quotient x / divisor, for inverse = div_rn(1, divisor), without div_rn's subroutine for each element.
+
+    Markstein: q + (x - q divisor) inverse is rounded correctly. Infinite x gives NaN; subnormal remainders are inexact.
+    """
+    if INTERPRETED:  # its fma rounds twice
+        return tl.math.div_rn(x, divisor)
+    else:
+        q = x * inverse
+        return tl.fma(tl.fma(-q, divisor, x), inverse, q)
+
+
+@triton.jit
 def e2m1_encode(x):
-    """Code 0..15 nearest to fp32 x, ties to even, saturating at 6."""
+    """Code 0..15 nearest to fp32 x, ties to even, saturating at 6, NaN too."""
     bits = float_bits(x)
-    m = bits & 0x7FFFFFFF
-    value = at_most(bits_float(m), 6.0)
+    value = bits_float(bits & 0x7FFFFFFF)
+    value = tl.where(value < 6.0, value, 6.0)
     m = float_bits(value)
     below_1 = float_bits(value + 4194304.0)  # 2^22: fp32 is spaced by 0.5 there, so the sum rounds to it
     above_1 = ((m + 0x1FFFFF + ((m >> 22) & 1)) >> 22) - 252  # keep one mantissa bit
@@ -103,9 +118,10 @@ def nvfp4_encode(x, sx, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     ratio = tl.math.div_rn(tl.math.div_rn(amax, 6.0), divisor)
     scale = e4m3_encode(at_most(ratio, 448.0))
     scale = tl.where(amax == 0.0, 0, scale)  # whatever sx is
-    step = (sx * e4m3_decode(scale))[:, :, None]
-    scaled = tl.math.div_rn(blocks, tl.where(step == 0.0, 1.0, step))
-    codes = e2m1_encode(tl.where(step == 0.0, 0.0, scaled))
+    step = sx * e4m3_decode(scale)
+    divisor = tl.where(step == 0.0, 1.0, step)
+    scaled = divide(blocks, divisor[:, :, None], tl.math.div_rn(1.0, divisor)[:, :, None])
+    codes = e2m1_encode(tl.where((step == 0.0)[:, :, None], 0.0, scaled))
     even, odd = tl.split(tl.reshape(codes, [ROWS, WIDTH // 2, 2]))
     return ((even << 4) | odd).to(tl.uint8), scale.to(tl.uint8)
 

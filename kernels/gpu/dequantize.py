@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .activations import on_device
 from .bits import e2m1_decode, e4m3_decode, e8m0_decode
-from .rotation import GROUPS, rotate_span, rotation_norm
+from .rotation import GROUPS, hadamard, rotate_span, rotation_norm
 from .tiles import swizzled
 
 ROWS, COLUMNS = 16, 256
@@ -94,11 +94,11 @@ def int8_dequantize_kernel(q_ptr, scale_ptr, y_ptr, M, K, scale_step, GROUP: tl.
     """Rotates the codes, whose sums are whole numbers and exact in fp32, and scales after it: one rounding."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * 256 + tl.arange(0, 64)
-    a = _load_rows(q_ptr, rows, first, M, K, K).to(tl.bfloat16)
-    b = _load_rows(q_ptr, rows, first + 64, M, K, K).to(tl.bfloat16)
-    c = _load_rows(q_ptr, rows, first + 128, M, K, K).to(tl.bfloat16)
-    d = _load_rows(q_ptr, rows, first + 192, M, K, K).to(tl.bfloat16)
-    a, b, c, d = rotate_span(a, b, c, d, GROUP)
+    a = _load_rows(q_ptr, rows, first, M, K, K).to(tl.float32).to(tl.bfloat16)
+    b = _load_rows(q_ptr, rows, first + 64, M, K, K).to(tl.float32).to(tl.bfloat16)
+    c = _load_rows(q_ptr, rows, first + 128, M, K, K).to(tl.float32).to(tl.bfloat16)
+    d = _load_rows(q_ptr, rows, first + 192, M, K, K).to(tl.float32).to(tl.bfloat16)
+    a, b, c, d = rotate_span(a, b, c, d, hadamard(GROUP, tl.bfloat16), GROUP)
     scale = tl.load(scale_ptr + rows * scale_step, mask=rows < M, other=0.0)[:, None] * rotation_norm(GROUP)
     _store_rows(y_ptr, a * scale, rows, first, M, K)
     _store_rows(y_ptr, b * scale, rows, first + 64, M, K)
