@@ -113,6 +113,17 @@ def test_bias_and_branch_are_each_optional(onednn, linear, bias, branch):
     assert error(y, exact_product(x, weight, scale, group, **extra)) < 0.01
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", (0, 1, 63, 130))
+@pytest.mark.parametrize("strength", (torch.tensor(0.7), torch.tensor([0.5, 0.0, -2.0])), ids=("one", "each"))
+def test_the_branchs_middle_is_the_references_before_its_rounding(strength, m, dtype):
+    x, down = torch.randn(m, 96).to(dtype), torch.randn(3, 96).to(dtype)
+    t = cpu.branch_middle(x, down, strength)
+    assert t.dtype == torch.float32 and t.shape == (m, 3)
+    assert error(t, ref.branch_middle(x.double(), down, strength.double())) < 1e-6
+    assert torch.equal(cpu.branch_middle(x, down, torch.tensor(0.0)), torch.zeros(m, 3))
+
+
 @pytest.mark.parametrize("linear", (cpu.onednn_linear, cpu.widened_linear))
 def test_one_scale_for_the_tensor_equals_the_same_scale_per_row(onednn, linear):
     x, weight, _, group, *_ = layer(35, 48, 64, 64, torch.float32)
@@ -180,7 +191,7 @@ def test_full_codes_multiply_exactly_with_vnni(onednn):
     assert error(cpu.onednn_linear(*arguments), quantized_product(*arguments)) < ROUNDING[torch.float32]
 
 
-@pytest.mark.parametrize("m", (0, 1, 31, 32, 4608))
+@pytest.mark.parametrize("m", (0, 1, 63, 64, 4608))
 @pytest.mark.parametrize("code_max", (7, 64, 65, 127))
 @pytest.mark.parametrize("facts", (AVX512, AVX2, ARM), ids=lambda f: f.capability)
 def test_a_way_that_the_cpu_gets_wrong_is_never_chosen(facts, code_max, m):
@@ -201,7 +212,7 @@ def test_many_rows_are_multiplied_as_integers_where_that_is_exact():
 def test_int8_linear_takes_the_chosen_way(onednn, monkeypatch):
     for facts in (AVX512, AVX2, ARM):
         monkeypatch.setattr(cpu, "facts", lambda facts=facts: facts)
-        for m, code_max in ((1, 64), (40, 64), (40, 127)):
+        for m, code_max in ((1, 64), (70, 64), (70, 127)):
             arguments = layer(m, 48, 64, 64, torch.float32)
             chosen = cpu.choose(m, 48, 64, facts, code_max)[0] == ONEDNN
             linear = cpu.onednn_linear if chosen else cpu.widened_linear
