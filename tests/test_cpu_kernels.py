@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tessera import formats
 from tessera.kernels import cpu
 from tessera.kernels import reference as ref
 from tessera.kernels.cpu import ONEDNN, WIDENED, CPUFacts
@@ -111,6 +112,30 @@ def test_bias_and_branch_are_each_optional(onednn, linear, bias, branch):
     extra = {"bias": b if bias else None, "t": t if branch else None, "up": up if branch else None}
     y = linear(x, weight, scale, group, **extra)
     assert error(y, exact_product(x, weight, scale, group, **extra)) < 0.01
+
+
+@pytest.mark.parametrize("shape", ((1, 1), (5, 63), (130, 96), (257, 80)), ids=str)
+@pytest.mark.parametrize("label", ("nvfp4", "mxfp8", "fp8_e4m3", "fp8_e5m2", "int8_row", "int8_convrot_16"))
+def test_looked_up_rows_are_the_references_bit_for_bit(label, shape):
+    if label == "int8_convrot_16":
+        shape = (shape[0], 64)
+    format = formats.parse(label).for_shape(*shape)
+    entries = format.pack(format.encode(torch.randn(shape)))
+    kind = {"nvfp4": "nvfp4", "mxfp8": "mxfp8"}.get(label, label.split("_")[0])
+    scale, block_scale = entries["weight_scale"], None
+    if kind == "nvfp4":
+        scale, block_scale = entries["weight_scale_2"], entries["weight_scale"]
+    for rows in (slice(0, shape[0]), slice(shape[0] // 2, shape[0]), slice(0, 0)):
+        arguments = (
+            kind,
+            entries["weight"],
+            scale,
+            block_scale,
+            rows,
+            shape[1],
+            getattr(format, "convrot_groupsize", 0),
+        )
+        assert torch.equal(cpu.decode_rows(*arguments), ref.decode_rows(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
