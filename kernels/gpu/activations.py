@@ -113,7 +113,9 @@ def _blocks(x, up, sx, down, s, extensions):
     nv_extension, mx_extension = (0 if e is None else e for e in extensions)
     for extension in (nv_extension, mx_extension):
         if extension % 64 or (extension and not 0 < rank <= extension):
-            raise ValueError(f"extension of {extension} columns for a branch of rank {rank}: use a multiple of 64 >= rank")
+            raise ValueError(
+                f"extension of {extension} columns for a branch of rank {rank}: use a multiple of 64 >= rank"
+            )
     nv = mx = (None, None)
     if extensions[0] is not None:
         nv = _outputs(m, k, nv_extension, 16, 2, torch.uint8, torch.float8_e4m3fn, device)

@@ -50,11 +50,15 @@ def block_quantize_kernel(
         t = t.to(tl.float32)
         if NV_EXTENSION:
             codes, scales = nvfp4_encode(t, sx, ROWS, RANK)
-            _store(codes, scales, nv_ptr, nv_scale_ptr, rows, nv_k, nv_k + NV_EXTENSION, M, nv_k, NV_EXTENSION, RANK, 16)
+            _store(
+                codes, scales, nv_ptr, nv_scale_ptr, rows, nv_k, nv_k + NV_EXTENSION, M, nv_k, NV_EXTENSION, RANK, 16
+            )
             _clear(nv_ptr, nv_scale_ptr, rows, M, nv_k, NV_EXTENSION, RANK, 16)
         if MX_EXTENSION:
             codes, scales = mxfp8_encode(t, ROWS, RANK)
-            _store(codes, scales, mx_ptr, mx_scale_ptr, rows, mx_k, mx_k + MX_EXTENSION, M, mx_k, MX_EXTENSION, RANK, 32)
+            _store(
+                codes, scales, mx_ptr, mx_scale_ptr, rows, mx_k, mx_k + MX_EXTENSION, M, mx_k, MX_EXTENSION, RANK, 32
+            )
             _clear(mx_ptr, mx_scale_ptr, rows, M, mx_k, MX_EXTENSION, RANK, 32)
 
 
