@@ -142,15 +142,19 @@ class Contestant:
 
 
 def timer_of(device):
-    """A function (call, x) -> milliseconds; on CUDA by events, after a flush of the L2 cache."""
+    """A function (call, x) -> milliseconds; on CUDA by events, after a flush of the L2 cache.
+
+    One CPU thread is timed by the processor time it gets, so that other processes do not count.
+    """
     if device.type == "cpu":
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
-        def wall(call, x):
-            started = time.perf_counter()
+        def elapsed(call, x):
+            started = clock()
             call(x)
-            return (time.perf_counter() - started) * 1e3
+            return (clock() - started) * 1e3
 
-        return wall
+        return elapsed
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
     def events(call, x):
@@ -192,7 +196,7 @@ def measure(case, m, dense, dtype, arguments, timer):
     row |= {"branch_overhead": extra["fused"], "naive_overhead": extra["naive"]}
     row |= {"x_host": runs["host"].ms / ours} | {f"x_{name}": runs[name].ms / ours for name in dense}
     row |= {"tflops": 2 * m * n * k / ours / 1e9, "gb_s": (stored + (m * k + m * n) * x.element_size()) / ours / 1e6}
-    row |= {"error": errors[0], "host_error": errors[1], "dtype": str(dtype).removeprefix("torch.")}
+    row |= {"error": errors[0], "host_error": errors[1], "dtype": arguments.dtype, "threads": torch.get_num_threads()}
     return row | {f"{name}_m": runs[name].rows for name in ("host", *dense) if runs[name].rows != m}
 
 
@@ -219,12 +223,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=15, help="to spend on a row, about")
     parser.add_argument("--repeats", type=int, default=3, help="at least, whatever they take")
     parser.add_argument("--slow", type=float, default=8, help="seconds; a longer call runs on fewer rows")
+    parser.add_argument("--threads", type=int, help="of the CPU; torch's default")
     parser.add_argument("--json", action="store_true", help="end with all rows as one JSON line")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     record.load_pack()
     from tessera.kernels import dispatch
-    from tessera.kernels.ops import cpu  # noqa: F401 registers the operations
 
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     facts, timer, rows = dispatch.read_facts(device, dtype), timer_of(device), []

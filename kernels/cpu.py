@@ -25,9 +25,8 @@ ZERO_POINT = 128
 # Below, packing the weight costs more than integers save. onednn | widened on one thread, 3840x3840: 15 | 13 ms at 16
 # rows, 28 | 38 at 77; 3840x10240: 81 | 56 ms at 32, 101 | 109 at 77, 349 | 579 at 512.
 ONEDNN_MIN_ROWS = 64
-INT8_ROWS = 512  # rows of x rotated, quantized and multiplied at once
+ROWS = 512  # of x rotated, quantized and multiplied at once; 128 saves 1 % in cache, and costs 4 times the barriers
 WIDENED_ROWS = 2048
-QUANTIZE_ROWS = 128  # [128, 3840] fp32 is 2 MB: the passes over it stay in cache
 WEIGHT_ROWS = 512  # of a weight widened or decoded at once; all at once costs 24 ms of page faults instead of 1
 
 
@@ -116,22 +115,20 @@ def int8_linear(
 
 def onednn_linear(x, weight, weight_scale, group, bias=None, t=None, up=None) -> Tensor:
     """`int8_linear` with x quantized per row and integers multiplied. Wrong where `choose` does not name it."""
-    (m, k), n = x.shape, weight.shape[0]
+    m, n = x.shape[0], weight.shape[0]
     out = x.new_empty(m, n)
     packed = _prepack(weight)
     column_scale = weight_scale.float().reshape(-1).expand(n).contiguous()
-    codes = torch.empty(min(m, INT8_ROWS), k, dtype=torch.uint8)
-    for rows in _slices(m, INT8_ROWS):
-        q = codes[: rows.stop - rows.start]
-        row_scale = _quantize(x[rows], group, q)
-        acc = _qlinear(q, packed, column_scale)
+    for rows in _slices(m, ROWS):
+        codes, row_scale = _quantize(x[rows], group)
+        acc = _qlinear(codes, packed, column_scale)
         _finish(out[rows], acc, row_scale, bias, None if t is None else t[rows], up)
     return out
 
 
 def widened_linear(x, weight, weight_scale, group, bias=None, t=None, up=None) -> Tensor:
     """`int8_linear` with the codes widened to fp32, a few rows at a time: neither x nor the weight is rounded."""
-    (m, _), n = x.shape, weight.shape[0]
+    m, n = x.shape[0], weight.shape[0]
     out = x.new_empty(m, n)
     column_scale = weight_scale.float().reshape(1, -1).expand(1, n)
     for rows in _slices(m, WIDENED_ROWS):
@@ -198,7 +195,7 @@ def branch_middle(x: Tensor, down: Tensor, strength: Tensor) -> Tensor:
     """t [M, r] = strength ([r] or []) * (x [M, K] down [r, K]^T) in fp32: 5 ms per 1024 rows, emulated bf16 24."""
     down = (down.float() * strength.float().reshape(-1, 1)).T
     t = torch.empty(x.shape[0], down.shape[1])
-    for rows in _slices(x.shape[0], QUANTIZE_ROWS):
+    for rows in _slices(x.shape[0], ROWS):
         torch.mm(x[rows].float(), down, out=t[rows])
     return t
 
@@ -219,16 +216,13 @@ def rotate(x: Tensor, group: int) -> Tensor:
     return torch.matmul(ref.hadamard(group // 16, x.device), inner).view(x.shape)
 
 
-def _quantize(x: Tensor, group: int, codes: Tensor) -> Tensor:
-    """Fills `codes` (uint8 [M, K], zero point 128) with the rotated rows of x; returns their scales [M, 1]."""
-    scale = torch.empty(x.shape[0], 1)
-    for rows in _slices(x.shape[0], QUANTIZE_ROWS):
-        rotated = rotate(x[rows].float(), group)
-        amax = torch.maximum(rotated.amax(1, keepdim=True), rotated.amin(1, keepdim=True).neg_())
-        scale[rows] = (amax / CODE_MAX).clamp_(min=1e-30)
-        signed = torch.div(rotated, scale[rows]).round_().to(torch.int8)  # fp32 -> int8 is 4 times as fast as -> uint8
-        torch.bitwise_xor(signed.view(torch.uint8), ZERO_POINT, out=codes[rows])  # the same as adding 128
-    return scale
+def _quantize(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, zero point 128) of the rotated rows of x [M, K], and their scales [M, 1]."""
+    rotated = rotate(x.float(), group)
+    amax = torch.maximum(rotated.amax(1, keepdim=True), rotated.amin(1, keepdim=True).neg_())
+    scale = (amax / CODE_MAX).clamp_(min=1e-30)
+    signed = torch.div(rotated, scale).round_().to(torch.int8)  # fp32 -> int8 is 4 times as fast as -> uint8
+    return signed.view(torch.uint8).bitwise_xor_(ZERO_POINT), scale  # the same as adding 128
 
 
 def _multiply(out, x, weight_rows, column_scale, bias, t, up) -> None:
