@@ -1,8 +1,10 @@
-"""Runs a test file where Triton interprets its kernels: on the CPU, in a process of its own."""
+"""A process of its own where Triton interprets kernels on the CPU: TRITON_INTERPRET counts when one is decorated."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,3 +27,15 @@ def poisoned(*shape, dtype, device):
         return x.fill_(torch.nan)
     x.view(torch.uint8).fill_(0x7F)
     return x
+
+
+def start():
+    """Makes this process one that interprets; before Triton is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    import conftest  # noqa: F401 loads the pack
+
+
+def executor():
+    """One such process: `executor().submit(f, *arguments).result()` for a function f of a module in tests/."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=start)

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Tile, add_outer, capability, grouped, programs, rank_block
+from .tiles import Tile, add_outer, capability, grouped, programs, rank_block, require_int32
 
 GROUP_M = 8
 
 # Constant, not autotuned: a trial launch inside a forward would break CUDA graphs. bench/ can sweep it.
-# (largest M, tile); None: any M. Consumer GPUs (SM 8.6, 8.9, 12.x) have 99 KB of shared memory, the others 163 and more.
+# (largest M, tile), None for any M. Consumer GPUs (SM 8.6, 8.9, 12.x) have 99 KiB of shared memory, the others 163, 227.
 TILES = {
     "consumer": ((16, Tile(16, 64, 256, 4, 3)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 128, 64, 4, 4))),
     "ampere": ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 256, 64, 8, 4))),
@@ -50,13 +50,15 @@ def int8_gemm(
     y = torch.empty(m, n, dtype=out_dtype, device=q.device)
     if not y.numel():
         return y
+    require_int32(weight)
     rank, block = rank_block(t, up)
     tile = tile_for(m, capability(q))
-    int8_gemm_kernel[programs(m, n, tile)](
-        q, x_scale, weight, weight_scale, bias, t if rank else None, up if rank else None, y, m, n, k, rank,
-        SCALE_PER_ROW=weight_scale.numel() > 1, RANK_BLOCK=block, EVEN_K=k % tile.k == 0, GROUP_M=GROUP_M,
-        **tile.options,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        int8_gemm_kernel[programs(m, n, tile)](
+            q, x_scale, weight, weight_scale, bias, t if rank else None, up if rank else None, y, m, n, k, rank,
+            SCALE_PER_ROW=weight_scale.numel() > 1, RANK_BLOCK=block, EVEN_K=k % tile.k == 0, GROUP_M=GROUP_M,
+            **tile.options,
+        )  # fmt: skip
     return y
 
 
@@ -72,7 +74,7 @@ def int8_gemm_kernel(
     o_k = tl.arange(0, BLOCK_K)
     # Rows beyond the edge read the last one, and are not stored: no mask in the loop
     rows = tl.minimum(o_m, M - 1).to(tl.int64)
-    columns = tl.minimum(o_n, N - 1).to(tl.int64)
+    columns = tl.minimum(o_n, N - 1)
     p_q = q_ptr + rows[:, None] * K + o_k[None, :]
     p_w = weight_ptr + columns[:, None] * K + o_k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)

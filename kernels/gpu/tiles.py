@@ -36,6 +36,12 @@ def capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
 
 
+def require_int32(weight: Tensor) -> None:
+    """Weight offsets are 32 bits wide in the kernels, those of activations 64: registers are scarce in the loop."""
+    if weight.numel() >= 2**31:
+        raise ValueError(f"weight of shape {tuple(weight.shape)} has 2^31 bytes or more; split the layer")
+
+
 def rank_block(t: Tensor | None, up: Tensor | None) -> tuple[int, int]:
     """(rank, how much of it the epilogue multiplies at once); (0, 0) without a branch."""
     if t is None or up is None or not up.shape[1]:
@@ -65,6 +71,25 @@ def swizzled(rows, columns, row_stride):
     """Offset of block scale (row, column) in the 128x4 tiles of format.md 2.3; row_stride is the stored width."""
     tile = (rows // 128) * (row_stride // 4) + columns // 4
     return tile * 512 + (rows % 32) * 16 + (rows % 128) // 32 * 4 + columns % 4
+
+
+@triton.jit
+def load_scales(
+    words_ptr, rows, first, width, EVEN_K: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    """Bytes [ROWS, COUNT] as int32 of the block scales first .. first + COUNT, from the 128x4 tiles of format.md 2.3.
+
+    width is the stored one. Four columns of a row are neighbours there: one 32-bit load, which is also the least that
+    copies asynchronously; single bytes would stall the loop.
+    """
+    o_word = first // 4 + tl.arange(0, (COUNT + 3) // 4)
+    p_row = words_ptr + (rows // 128) * (width // 4) * 128 + (rows % 32) * 4 + rows % 128 // 32
+    p_words = p_row[:, None] + o_word[None, :] * 128
+    words = tl.load(p_words) if EVEN_K else tl.load(p_words, mask=o_word[None, :] < width // 4, other=0)
+    shift = tl.arange(0, COUNT if COUNT < 4 else 4) * 8
+    if COUNT < 4:
+        shift += first % 4 * 8
+    return tl.reshape((words[:, :, None] >> shift[None, None, :]) & 0xFF, (ROWS, COUNT))
 
 
 @triton.jit
