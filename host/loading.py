@@ -20,7 +20,7 @@ from ..kernels import dispatch
 from ..kernels.dispatch import Plan
 from ..kernels.facts import DeviceFacts
 from ..transcode import Cache
-from . import attaching
+from . import attaching, wiring
 from .operations import Loading, operations
 
 log = logging.getLogger("tessera")
@@ -53,6 +53,7 @@ def load_diffusion_model(path: str, model_options: dict | None = None, speed: st
     if model is None:
         raise ValueError(f"{file.name}: ComfyUI does not know this model's architecture; is it a diffusion model?")
     model.cached_patcher_init = (load_diffusion_model, (path, dict(model_options or {}), speed, cache))
+    wiring.wire(model)
     _attach_own(file, model, branches)
     _announce(file, model, loading)
     return model
@@ -81,6 +82,7 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, speed: st
         [state_dict], folders, clip_type=clip_type, model_options=options, disable_dynamic=disable_dynamic
     )
     clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {}), speed, cache))
+    wiring.wire(clip.patcher)
     _attach_own(file, clip.patcher, branches, text_encoder=True)
     _announce(file, clip.patcher, loading)
     return clip

@@ -12,7 +12,7 @@ from . import kextension, ops
 from . import reference as ref
 from .balance import balance
 from .kextension import Extension, Layout
-from .linear import LowRankBranch, Stored, kernel
+from .linear import PREPARE, Gated, Input, LowRankBranch, Prepared, Stored, dense, kernel
 
 NVFP4_RANGE = ref.E4M3_MAX * ref.E2M1_MAX
 
@@ -25,15 +25,20 @@ class Extended:
     layout: Layout
     extension: Extension
 
-    def strengths(self, branch: LowRankBranch) -> Tensor:
-        """strength * d [r]: what multiplies x down^T."""
-        return branch.strength * self.powers
+
+def powers(weight: Stored, branch: LowRankBranch) -> Tensor | str:
+    """d [r], the powers of two that balance a branch for that weight (balance.py), or why it must go beside it."""
+    scale = None if weight.kind == "mxfp8" else weight.scale
+    found = balance(weight.kind, branch.down, branch.up, scale, input_scale=weight.input_scale)
+    return found if isinstance(found, str) else torch.exp2(found.exponents.double()).float().to(branch.down.device)
 
 
-def encode(weight: Stored, branch: LowRankBranch, ranks: Sequence[int], exact: Sequence[bool]) -> Extended | str:
+def encode(weight: Stored, branch: LowRankBranch, ranks: Sequence[int], exact: Sequence[bool],
+           powers: Tensor) -> Extended | str:  # fmt: skip
     """Stacked branches of these ranks for the reserved columns of that weight, or why they must be added beside it.
 
-    `exact` ones have both factors as hi + lo: LoRAs whose own accuracy counts.
+    `exact` ones have both factors as hi + lo: LoRAs whose own accuracy counts. Siblings share their stacked down and
+    its powers; up is 0 in the columns of the others.
     """
     if not weight.extension:
         return "no columns are reserved"
@@ -43,11 +48,7 @@ def encode(weight: Stored, branch: LowRankBranch, ranks: Sequence[int], exact: S
     if layout.columns > weight.extension:
         return f"the branches need {layout.columns} columns, {weight.extension} are reserved"
     scale = None if weight.kind == "mxfp8" else weight.scale
-    found = balance(weight.kind, branch.down, branch.up, scale, input_scale=weight.input_scale)
-    if isinstance(found, str):
-        return found
-    powers = torch.exp2(found.exponents.double()).float().to(branch.down.device)
-    return Extended(powers, layout, kextension.encode_up(weight.kind, found.up, scale, layout))
+    return Extended(powers, layout, kextension.encode_up(weight.kind, branch.up.float() / powers, scale, layout))
 
 
 def scales(weight: Stored) -> Tensor:
@@ -55,45 +56,57 @@ def scales(weight: Stored) -> Tensor:
     return weight.block_scale if weight.kind == "nvfp4" else weight.scale
 
 
-def place(weight: Stored, extended: Extended | None) -> None:
-    """Puts the branches into the reserved columns, or empties them; no other byte of the weight is touched."""
-    if extended is None:
-        kextension.clear(weight.kind, weight.qdata, scales(weight), weight.extension)
-    else:
-        kextension.write(extended.extension, weight.qdata, scales(weight), weight.extension)
+def place(weight: Stored, extended: Extended) -> None:
+    """Puts the branches into the reserved columns; no other byte of the weight is touched."""
+    kextension.write(extended.extension, weight.qdata, scales(weight), weight.extension)
 
 
 @kernel("nvfp4")
 @kernel("mxfp8")
 @kernel("fp8_row")
-def _block_linear(x: Tensor, weight: Stored, bias: Tensor | None, branch: LowRankBranch | None) -> Tensor:
+def _block_linear(x, weight, bias, branch, prepared):
     """The branch inside the product where the weight carries it (`branch.extended`), else beside it."""
-    inside = branch.extended if branch is not None else None
-    operand, scale, sx = _quantized(x, weight, branch, inside)
-    y = ops.block_product(weight.kind, operand, scale, sx, weight.qdata, scales(weight), weight.scale, bias,
-                          x.shape[0], weight.shape[0], x.dtype)  # fmt: skip
-    return y if branch is None or inside is not None else branch.add_to(y, x)
+    x_q = prepared or quantized(x, weight, branch)
+    y = ops.block_product(weight.kind, x_q.q, x_q.scale, x_q.tensor_scale, weight.qdata, scales(weight), weight.scale,
+                          bias, x.shape[0], weight.shape[0], x.dtype)  # fmt: skip
+    return y if branch is None or branch.extended is not None else branch.add_to(y, dense(x))
 
 
-def _quantized(x: Tensor, weight: Stored, branch: LowRankBranch | None,
-               inside: Extended | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(codes, scales, tensor or row scale) of x, with the branch's middle in the last columns if it rides inside."""
-    kind, columns = weight.kind, weight.extension
-    sx = input_scale(x, weight)
-    if not columns:
-        q, scale, _ = ops.quantize_blocks(kind, x, sx, None, None, 0)
-        return q, scale, sx
+def quantized(x: Input, weight: Stored, branch: LowRankBranch | None) -> Prepared:
+    """x for that kind of weight, the branch's middle in its last columns if the branch rides inside."""
+    kind, columns, inside = weight.kind, weight.extension, None if branch is None else branch.extended
+    if isinstance(x, Gated) and kind != "mxfp8" and (kind == "fp8_row" or weight.input_scale is None):
+        x = x.dense()  # its largest value must be known first
+    gate, up = (x.gate, x.up) if isinstance(x, Gated) else (x, None)
+    sx = input_scale(gate, weight)
     if inside is None:
-        q, scale, _ = ops.quantize_blocks(kind, x, sx, None, None, columns)
-        return q, scale, sx
-    strengths = inside.strengths(branch)
+        q, scale, _ = ops.quantize_blocks(kind, gate, up, sx, None, None, columns)
+        return Prepared(q, scale, sx)
+    strengths = branch.strength * inside.powers
     if inside.layout.direct:
-        q, scale, _ = ops.quantize_blocks(kind, x, sx, branch.down, strengths, columns)
-        return q, scale, sx
-    q, scale, t = ops.quantize_blocks(kind, x, sx, branch.down, strengths, 0)
+        q, scale, _ = ops.quantize_blocks(kind, gate, up, sx, branch.down, strengths, columns)
+        return Prepared(q, scale, sx)
+    q, scale, t = ops.quantize_blocks(kind, gate, up, sx, branch.down, strengths, 0)
     t = ref.pad_to(t, q.shape[0], t.shape[1])
     q, scale = kextension.extend_input(kind, q, scale, t, sx, inside.layout)
-    return q, scale, sx
+    return Prepared(q, scale, sx)
+
+
+PREPARE |= {"nvfp4": quantized, "mxfp8": quantized, "fp8_row": quantized}
+
+
+def both(x: Tensor, nvfp4: Stored, mxfp8: Stored, branch: LowRankBranch | None,
+         inside: tuple[Extended | None, Extended | None]) -> tuple[Prepared, Prepared] | None:  # fmt: skip
+    """x for siblings in two formats, read once; None where the branch takes another way for one of them."""
+    sx = input_scale(x, nvfp4)
+    if branch is None or inside == (None, None):
+        found = ops.dual_quantize(x, sx, None, None, nvfp4.extension, mxfp8.extension)
+    elif None in inside or not all(extended.layout.direct for extended in inside):
+        return None
+    else:
+        strengths = branch.strength * inside[0].powers
+        found = ops.dual_quantize(x, sx, branch.down, strengths, nvfp4.extension, mxfp8.extension)
+    return Prepared(found[0], found[1], sx), Prepared(found[2], found[3], input_scale(x, mxfp8))
 
 
 def input_scale(x: Tensor, weight: Stored) -> Tensor:

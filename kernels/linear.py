@@ -33,6 +33,50 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """silu(gate) * up [..., in], not computed yet: a kernel that quantizes it need not store it."""
+
+    gate: Tensor
+    up: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.gate.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gate.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.gate.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.gate.requires_grad
+
+    def reshape(self, *shape: int) -> Gated:
+        return Gated(self.gate.reshape(*shape), self.up.reshape(*shape))
+
+    def dense(self) -> Tensor:
+        """The product as the host's Lumina blocks compute it."""
+        product = torch.nn.functional.silu(self.gate) * self.up
+        if product.dtype == torch.float16:
+            return torch.nan_to_num(product, nan=0.0, posinf=65504, neginf=-65504)
+        return product
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An input as a kernel multiplies it: quantized, and projected on the branch."""
+
+    q: Tensor
+    scale: Tensor
+    tensor_scale: Tensor | None = None  # nvfp4
+    t: Tensor | None = None  # [M, r], strengths applied; None if it stands in q, or there is no branch
+
+
+@dataclass(frozen=True)
 class LowRankBranch:
     """All low-rank branches of a layer beside each other: y += up (strength * (down x))."""
 
@@ -51,27 +95,38 @@ class LowRankBranch:
 
     def middle(self, x: Tensor) -> Tensor:
         """strength * (x down^T) [M, r], in x's dtype: from the input as it is, not as a kernel rounds it."""
-        return torch.nn.functional.linear(x, self.down) * self.strength.to(x.device, x.dtype)
+        if x.device.type == "cpu" and x.dtype != torch.float32:  # 16-bit products are emulated on many CPUs
+            return (torch.nn.functional.linear(x.float(), self.down.float()) * self.strength).to(x.dtype)
+        return torch.nn.functional.linear(x, self.down) * self.strength.to(x.dtype)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y [M, out] with the branch added in place; one product, no second output."""
         return y.addmm_(self.middle(x), self.up.T)
 
 
-Kernel = Callable[[Tensor, Stored, Tensor | None, LowRankBranch | None], Tensor]
+Input = Tensor | Gated
+Kernel = Callable[[Input, Stored, Tensor | None, LowRankBranch | None, Prepared | None], Tensor]
 KERNELS: dict[str, Kernel] = {}
+PREPARE: dict[str, Callable[[Input, Stored, LowRankBranch | None], Prepared]] = {}
+"""Kernels whose quantized input can serve several layers."""
 
 
-def run(name: str, x: Tensor, weight: Stored, bias: Tensor | None = None,
-        branch: LowRankBranch | None = None) -> Tensor:  # fmt: skip
+def run(name: str, x: Input, weight: Stored, bias: Tensor | None = None, branch: LowRankBranch | None = None,
+        prepared: Prepared | None = None) -> Tensor:  # fmt: skip
     """x [..., in] times the weight^T plus bias [out] plus branch, as [..., out] in x's dtype.
 
-    `name` is a plan's kernel. Any shape with in_features last, empty ones included.
+    `name` is a plan's kernel. Any shape with in_features last, empty ones included. `prepared` is x as `prepare` made
+    it for a layer with the same kind of weight and the same branch's down.
     """
     rows = x.reshape(-1, x.shape[-1])
     if not rows.shape[0]:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
-    return KERNELS[name](rows, weight, bias, branch).reshape(*x.shape[:-1], weight.shape[0])
+        return torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
+    return KERNELS[name](rows, weight, bias, branch, prepared).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def prepare(name: str, x: Input, weight: Stored, branch: LowRankBranch | None) -> Prepared:
+    """The quantized input of a kernel in PREPARE, for `run` with this weight or a sibling's."""
+    return PREPARE[name](x.reshape(-1, x.shape[-1]), weight, branch)
 
 
 def kernel(name: str) -> Callable[[Kernel], Kernel]:
@@ -84,15 +139,21 @@ def kernel(name: str) -> Callable[[Kernel], Kernel]:
     return register
 
 
+def dense(x: Input) -> Tensor:
+    return x.dense() if isinstance(x, Gated) else x
+
+
 @kernel("cpu_int8")
 @kernel("cpu_widened")
-def _cpu_int8(x, weight, bias, branch):
+def _cpu_int8(x, weight, bias, branch, prepared):
+    x = dense(x)
     t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
     return ops.int8_linear_cpu(x, weight.qdata, weight.scale, weight.group, bias, t, up, weight.code_max)
 
 
 @kernel("cpu_decoded")
-def _cpu_decoded(x, weight, bias, branch):
+def _cpu_decoded(x, weight, bias, branch, prepared):
+    x = dense(x)
     t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
     return ops.decoded_linear_cpu(
         x, weight.kind, weight.qdata, weight.scale, weight.block_scale, weight.shape[0], weight.group, bias, t, up
@@ -100,9 +161,10 @@ def _cpu_decoded(x, weight, bias, branch):
 
 
 @kernel("int8")
-def _kitchen_int8(x, weight, bias, branch):
+def _kitchen_int8(x, weight, bias, branch, prepared):
     import comfy_kitchen as ck
 
+    x = dense(x)
     arguments = {"convrot": weight.group > 0, "convrot_groupsize": weight.group or 256, "out_dtype": x.dtype}
     if branch is None:
         return ck.int8_linear(x, weight.qdata, weight.scale, bias, **arguments)
@@ -121,14 +183,25 @@ def _takes_residual() -> bool:
 
 
 @kernel("int8_fused")
-def _int8_fused(x, weight, bias, branch):
-    down, strength, up = _factors(branch)
-    q, scale, t = ops.rotate_quantize_int8(x, weight.group, down, strength)
-    return ops.int8_gemm(q, scale, weight.qdata, weight.scale, bias, t if branch else None, up, x.dtype)
+def _int8_fused(x, weight, bias, branch, prepared):
+    x_q = prepared or _rotated(x, weight, branch)
+    t, up = (None, None) if branch is None else (x_q.t, branch.up)
+    return ops.int8_gemm(x_q.q, x_q.scale, weight.qdata, weight.scale, bias, t, up, x.dtype)
+
+
+def _rotated(x: Input, weight: Stored, branch: LowRankBranch | None) -> Prepared:
+    down, strength = (None, None) if branch is None else (branch.down, branch.strength)
+    gate, up = (x.gate, x.up) if isinstance(x, Gated) else (x, None)
+    q, scale, t = ops.rotate_quantize_int8(gate, up, weight.group, down, strength)
+    return Prepared(q, scale, t=None if branch is None else t)
+
+
+PREPARE["int8_fused"] = _rotated
 
 
 @kernel("weight_only")
-def _weight_only(x, weight, bias, branch):
+def _weight_only(x, weight, bias, branch, prepared):
+    x = dense(x)
     t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
     return ops.weight_only_gemm(
         x, weight.kind, weight.qdata, weight.scale, weight.block_scale, weight.shape[0], bias, t, up
@@ -136,16 +209,13 @@ def _weight_only(x, weight, bias, branch):
 
 
 @kernel("decode")
-def _decode(x, weight, bias, branch):
-    dense = ops.dequantize(
-        weight.kind, weight.qdata, weight.scale, weight.block_scale, *weight.shape, weight.group, x.dtype
+def _decode(x, weight, bias, branch, prepared):
+    x, (n, k) = dense(x), weight.shape
+    dequantized = ops.dequantize(
+        weight.kind, weight.qdata, weight.scale, weight.block_scale, n, k, weight.group, x.dtype
     )
-    y = torch.nn.functional.linear(x, dense, bias)
+    y = torch.nn.functional.linear(x, dequantized, bias)
     return y if branch is None else branch.add_to(y, x)
-
-
-def _factors(branch: LowRankBranch | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if branch is None else (branch.down, branch.strength, branch.up)
 
 
 from . import extended  # noqa: E402,F401 registers its kernels

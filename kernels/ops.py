@@ -45,18 +45,25 @@ def _(x, kind, qdata, scale, block_scale, n, group, bias, t, up):
 
 
 @torch.library.custom_op("tessera::rotate_quantize_int8", mutates_args=())
-def rotate_quantize_int8(x: Tensor, group: int, down: Tensor | None,
+def rotate_quantize_int8(x: Tensor, up: Tensor | None, group: int, down: Tensor | None,
                          strength: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """int8 codes [M, in] of the rotated x, row scales [M, 1], and the branch's middle [M, r] (r 0 without one)."""
-    if x.is_cuda:
-        q, scale, t = _gpu("activations").rotate_quantize_int8(x, group, down, strength)
+    """int8 codes [M, in] of the rotated x, row scales [M, 1], and the branch's middle [M, r] (r 0 without one).
+
+    With `up` it is silu(x) * up that is quantized, and not stored.
+    """
+    if not x.is_cuda:
+        x = _gated(x, up)
+        return *ref.quantize_rows(x, group), _middle(x, down, strength)
+    kernels = _gpu("activations")
+    if up is None:
+        q, scale, t = kernels.rotate_quantize_int8(x, group, down, strength)
     else:
-        (q, scale), t = ref.quantize_rows(x, group), _middle(x, down, strength)
+        q, scale, t = kernels.swiglu_quantize_int8(x, up, group, down, strength)
     return q, scale, _given(t, x)
 
 
 @rotate_quantize_int8.register_fake
-def _(x, group, down, strength):
+def _(x, up, group, down, strength):
     m = x.shape[0]
     return (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(m, 1, dtype=torch.float32),
             x.new_empty(m, 0 if down is None else down.shape[0]))  # fmt: skip
@@ -112,44 +119,68 @@ def _(kind, qdata, scale, block_scale, n, k, group, dtype):
 
 
 @torch.library.custom_op("tessera::quantize_blocks", mutates_args=())
-def quantize_blocks(kind: str, x: Tensor, scale: Tensor, down: Tensor | None, strength: Tensor | None,
-                    extension: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def quantize_blocks(kind: str, x: Tensor, up: Tensor | None, scale: Tensor, down: Tensor | None,
+                    strength: Tensor | None, extension: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x [M, in] as the operand of a block-scaled or fp8 GEMM, padded: codes, scales, and the branch's middle [M, r].
 
     scale: [] for nvfp4, [M, 1] for fp8_row, unused for mxfp8. With `extension` the middle stands in that many columns
-    behind x instead (zero without a branch), and comes back with no columns.
+    behind x instead (zero without a branch), and comes back with no columns. With `up` it is silu(x) * up.
     """
-    if x.is_cuda and kind in ("nvfp4", "mxfp8") and _has_triton():
-        kernels = _gpu("activations")
-        if kind == "nvfp4":
-            q, block_scale, t = kernels.quantize_nvfp4(x, scale, down, strength, extension)
-        else:
-            q, block_scale, t = kernels.quantize_mxfp8(x, down, strength, extension)
-        return q, block_scale, _given(t, x)
+    if not (x.is_cuda and kind in ("nvfp4", "mxfp8") and _has_triton()):
+        return _operand(kind, _gated(x, up), scale, down, strength, extension)
+    kernels = _gpu("activations")
+    inputs = (x,) if up is None else (x, up)
+    scales = (scale,) if kind == "nvfp4" else ()
+    quantize = getattr(kernels, f"{'swiglu_' if up is not None else ''}quantize_{kind}")
+    q, block_scale, t = quantize(*inputs, *scales, down, strength, extension)
+    return q, block_scale, _given(t, x)
+
+
+@quantize_blocks.register_fake
+def _(kind, x, up, scale, down, strength, extension):
+    rank = 0 if down is None or extension else down.shape[0]
+    return *_empty_operand(kind, x, extension), x.new_empty(x.shape[0], rank)
+
+
+@torch.library.custom_op("tessera::dual_quantize", mutates_args=())
+def dual_quantize(x: Tensor, scale: Tensor, down: Tensor | None, strength: Tensor | None,
+                  nvfp4_extension: int, mxfp8_extension: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x as nvfp4 (codes, scales) and as mxfp8 (codes, exponents), each with the middle in its extension; read once."""
+    if x.is_cuda and _has_triton():
+        extensions = nvfp4_extension, mxfp8_extension
+        nvfp4, mxfp8, _ = _gpu("activations").dual_quantize(x, scale, down, strength, extensions)
+        return *nvfp4, *mxfp8
+    q, block_scale, _ = _operand("nvfp4", x, scale, down, strength, nvfp4_extension)
+    codes, exponents, _ = _operand("mxfp8", x, scale, down, strength, mxfp8_extension)
+    return q, block_scale, codes, exponents
+
+
+@dual_quantize.register_fake
+def _(x, scale, down, strength, nvfp4_extension, mxfp8_extension):
+    return *_empty_operand("nvfp4", x, nvfp4_extension), *_empty_operand("mxfp8", x, mxfp8_extension)
+
+
+def _operand(kind, x, scale, down, strength, extension) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_blocks` by the reference."""
     t = _middle(x, down, strength)
     row, column = PADS[kind]
     padded = ref.pad_to(x.float(), ref.round_up(x.shape[0], row), ref.round_up(x.shape[1], column))
     if extension:
-        tail = x.new_zeros(padded.shape[0], extension, dtype=torch.float32)
-        if t is not None:
-            tail[: x.shape[0], : t.shape[1]] = t
-        padded, t = torch.cat((padded, tail), 1), None
-    return *_codes(kind, padded, scale), _given(t, x)
+        tail = padded.new_zeros(padded.shape[0], extension)
+        tail[: x.shape[0], : t.shape[1]] = t
+        padded, t = torch.cat((padded, tail), 1), x.new_empty(x.shape[0], 0)
+    return *_codes(kind, padded, scale), t
 
 
-@quantize_blocks.register_fake
-def _(kind, x, scale, down, strength, extension):
+def _empty_operand(kind: str, x: Tensor, extension: int) -> tuple[Tensor, Tensor]:
     row, column = PADS[kind]
     m, k = ref.round_up(x.shape[0], row), ref.round_up(x.shape[1], column) + extension
-    rank = 0 if down is None or extension else down.shape[0]
-    t = x.new_empty(x.shape[0], rank)
     if kind == "fp8_row":
-        return x.new_empty(m, k, dtype=torch.float8_e4m3fn), x.new_empty(m, 1, dtype=torch.float32), t
-    block = ref.BLOCKS[kind]
-    scales = (ref.round_up(m, 128), ref.round_up(k // block, 4))
+        return x.new_empty(m, k, dtype=torch.float8_e4m3fn), x.new_empty(m, 1, dtype=torch.float32)
+    scales = (ref.round_up(m, 128), ref.round_up(k // ref.BLOCKS[kind], 4))
     if kind == "nvfp4":
-        return x.new_empty(m, k // 2, dtype=torch.uint8), x.new_empty(scales, dtype=torch.float8_e4m3fn), t
-    return x.new_empty(m, k, dtype=torch.float8_e4m3fn), x.new_empty(scales, dtype=torch.uint8), t
+        return x.new_empty(m, k // 2, dtype=torch.uint8), x.new_empty(scales, dtype=torch.float8_e4m3fn)
+    return x.new_empty(m, k, dtype=torch.float8_e4m3fn), x.new_empty(scales, dtype=torch.uint8)
 
 
 def _codes(kind: str, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,8 +228,12 @@ def _finished(y: Tensor, bias: Tensor | None, t: Tensor | None, up: Tensor | Non
     return y.to(dtype)
 
 
-def _middle(x: Tensor, down: Tensor | None, strength: Tensor | None) -> Tensor | None:
-    return None if down is None else ref.branch_middle(x, down, strength)
+def _middle(x: Tensor, down: Tensor | None, strength: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], 0) if down is None else ref.branch_middle(x, down, strength)
+
+
+def _gated(x: Tensor, up: Tensor | None) -> Tensor:
+    return x if up is None else ref.swiglu(x, up).to(x.dtype)
 
 
 def _given(t: Tensor | None, x: Tensor) -> Tensor:
