@@ -5,7 +5,7 @@
     settings=$(python3 scripts/setup_host.py --print-env)   # in a shell script; `eval "$(...)"` would hide a failure
     eval "$settings"
 
-Needs Python 3.11, no packages; 2 GB of disk. Progress goes to stderr. A second run takes no time; a run that was killed
+Needs Python 3.11, no packages; 3 GB of disk. Progress goes to stderr. A second run takes no time; a run that was killed
 is repaired by the next one.
 
 Environment
@@ -42,6 +42,7 @@ SDIST_VERSION = "0.30.0"
 
 STEPS = 1  # raise it when the steps below install something else from the same requirements
 DEVELOPMENT = ["pytest", "hypothesis", "pillow", "ruff", "numpy", "safetensors", "ray"]
+TRITON = "triton==3.9.0"  # no dependencies; its wheel brings the assembler and disassembler that tests/aot.py runs
 TORCH_FAMILY = {"torch", "torchvision", "torchaudio"}
 VISION_FOR_TORCH = {"2.13": ["torchvision==0.28.0", "torchaudio==2.11.0"]}  # for a CPU torch; see install_vision
 TEMPLATES = "comfyui-workflow-templates"
@@ -84,7 +85,7 @@ def run(command, what, **options):
 def explain(output):
     """The likely cause of a failure of pip in plain words, or nothing."""
     if "No space left" in output:
-        return f"disk full: {CACHE} needs about 2 GB (5 GB with a CUDA build of torch). "
+        return f"disk full: {CACHE} needs about 3 GB (5 GB with a CUDA build of torch). "
     if re.search(r"ConnectionError|name resolution|Connection refused|[Tt]imed? ?out|ProxyError", output):
         return "no network / index: the Python package index cannot be reached. "
     if "DO NOT MATCH THE HASHES" in output:
@@ -300,6 +301,19 @@ def install_templates(python, lines):
         shutil.copytree(templates, served / "templates", dirs_exist_ok=True)
 
 
+def add_triton(python):
+    """Triton, with which the tests compile kernels for GPUs that are not there. Users and the demo need none of it.
+
+    A GPU build of torch has brought the Triton it was tested with, which stays. One without a file list was cut off
+    half-way: pip would take it for installed.
+    """
+    code = "import importlib.metadata as m; print(*[d.version for d in m.distributions(name='triton') if d.files])"
+    found = run([python, "-c", code], "a look for triton").strip()
+    if found == TRITON.split("==")[1] or (found and torch_facts(python)["gpu"]):
+        return
+    install(python, "--no-deps", *([] if found else ["--ignore-installed"]), TRITON, what=TRITON)
+
+
 def check_modules(python, modules):
     """SetupError naming the packages the interpreter lacks."""
     code = f"from importlib.util import find_spec; print(*[m for m in {modules} if find_spec(m) is None])"
@@ -337,13 +351,15 @@ def set_up(tests=True):
         bare_venv(venv)
         host = host or embedded_host(venv_python(venv))
         fill_venv(venv, host)
+        if tests and sys.platform == "linux":
+            add_triton(venv_python(venv))
     return venv_python(venv), host
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-env", action="store_true", help="quote the two values for a shell's eval")
-    parser.add_argument("--no-tests", action="store_true", help="do not ask COMFYUI_PYTHON for what only tests need")
+    parser.add_argument("--no-tests", action="store_true", help="leave out what only tests need")
     given = parser.parse_args()
     quote = shlex.quote if given.print_env else str
     start = time.monotonic()

@@ -16,7 +16,7 @@ from .tiles import Tile, add_outer, capability, grouped, programs, rank_block, r
 GROUP_M = 8
 
 # Constant, not autotuned: a trial launch inside a forward would break CUDA graphs. bench/ can sweep it.
-# (largest M, tile), None for any M. Consumer GPUs (SM 8.6, 8.9, 12.x) have 99 KiB of shared memory, the others 163, 227.
+# (largest M, tile), None for any M. Consumer GPUs (SM 8.6, 8.9, 12.x) have 99 KiB of shared memory, others 163 or 227.
 TILES = {
     "consumer": ((16, Tile(16, 64, 256, 4, 3)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 128, 64, 4, 4))),
     "ampere": ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 256, 64, 8, 4))),
