@@ -18,7 +18,7 @@ SPAN = 256  # columns that are rotated together
 
 @triton.jit
 def hadamard(GROUP: tl.constexpr, DTYPE: tl.constexpr):
-    """[64, 64] of 0, +-1: the group's matrix times sqrt(GROUP), repeated along the diagonal; of 256 its 64-wide factor."""
+    """[64, 64] of 0, +-1: the group's matrix times sqrt(GROUP), repeated on the diagonal; of 256 its 64-wide factor."""
     o = tl.arange(0, 64)
     differ = o[:, None] ^ o[None, :]
     threes = differ & (differ >> 1) & 0x15  # base-4 digits of row and column that add up to 3: factor -1
