@@ -119,19 +119,29 @@ def quantized_tensor(format, entries, shape, dtype):
 
 
 class Contestant:
-    """A call that is timed; one that would take longer than `slow` seconds runs on fewer rows, its time scaled."""
+    """A call that is timed; one that would take longer than `slow` seconds runs on fewer rows.
+
+    Its time is then continued along the line through those and 64 rows: decoding a weight costs the same for any M.
+    """
 
     def __init__(self, call, x, slow, timer):
-        self.call, self.timer, m = call, timer, x.shape[0]
-        few = x[: min(m, 64)]
+        self.call, self.timer, self.m, self.times = call, timer, x.shape[0], []
+        few = x[:64]
         timer(call, few)
-        estimate = timer(call, few) * m / max(1, few.shape[0])
-        self.rows = m if estimate <= slow * 1e3 else max(few.shape[0], int(m * slow * 1e3 / estimate))
-        self.x, self.scale, self.times = x[: self.rows], m / max(1, self.rows), []
-        self.estimate = self.once() / 1e3  # seconds; warms up
+        self.few = len(few), timer(call, few)
+        estimate = self.few[1] * self.m / max(1, len(few))
+        self.rows = self.m if estimate <= slow * 1e3 else max(len(few), int(self.m * slow * 1e3 / estimate))
+        self.x = x[: self.rows]
+        self.seconds = timer(call, self.x) / 1e3  # warms up
 
     def once(self):
-        return self.timer(self.call, self.x) * self.scale
+        ms = self.timer(self.call, self.x)
+        if self.rows == self.m:
+            return ms
+        if self.rows < 2 * self.few[0]:
+            return ms * self.m / self.rows
+        slope = (ms - self.few[1]) / (self.rows - self.few[0])
+        return ms + slope * (self.m - self.rows)
 
     def repeat(self):
         self.times.append(self.once())
@@ -178,7 +188,7 @@ def measure(case, m, dense, dtype, arguments, timer):
     for name, weight in dense.items():
         calls[name] = (lambda x, weight=weight: dense_linear(x, weight)), x.to(DTYPES[name])
     runs = {name: Contestant(call, x, arguments.slow, timer) for name, (call, x) in calls.items()}
-    once = sum(run.estimate / run.scale for run in runs.values())
+    once = sum(run.seconds for run in runs.values())
     for _ in range(max(arguments.repeats, min(20, int(arguments.seconds / once)))):
         for run in runs.values():  # in turn, so that all meet the same machine
             run.repeat()
