@@ -32,13 +32,15 @@ class Config(NamedTuple):
     columns: int  # per step of the block formats
     stages: int
     warps: int
+    registers: int | None  # at most, in the int8 kernel: with 128 two programs of 8 warps share an SM, which matters
+    # as 4608 rows are 144 programs, for 132 to 170 SMs
 
 
 def config(rank: int) -> Config:
     padded = max(32, triton.next_power_of_2(rank))
     if padded <= 64:
-        return Config(padded, 128, 2, 8)
-    return Config(padded, 64, 1, 8)
+        return Config(padded, 128, 2, 8, 128)
+    return Config(padded, 64, 1, 8, None)
 
 
 def rotate_quantize_int8(x: Tensor, group: int, down: Tensor | None = None, s: Tensor | None = None):
@@ -96,11 +98,13 @@ def _int8(x, up, group, down, s):
     if not m:
         return q, scale, t
     c, down, s, s_step = _branch(down if rank else None, s)
-    rows = 16 if m <= 16 or c.rank > 128 or x.dtype == torch.float32 else ROWS  # the latter two: for their registers
+    wide = x.dtype == torch.float32
+    rows = 16 if m <= 16 or c.rank > 128 or wide else ROWS  # the latter two: for their registers
     with on_device(x):
         int8_quantize_kernel[(triton.cdiv(m, rows),)](
             x, up, q, scale, down, s, t if rank else None, m, k, rank, s_step,
             GROUP=group, RANK=c.rank, ROWS=rows, STAGES=c.stages, num_warps=c.warps,
+            maxnreg=None if wide else c.registers,
         )  # fmt: skip
     return q, scale, t
 
