@@ -124,6 +124,8 @@ def test_an_extension_behind_the_weight_is_left_out(kernels):
     quantized = NVFP4().encode(wide)
     p = to_device(NVFP4().pack(quantized))
     y = kernels.dequantize_nvfp4(p["weight"], p["weight_scale"], p["weight_scale_2"], 33, 70, torch.float32)
+    view = p["weight"][:33, :40]
+    assert torch.equal(y, kernels.dequantize_nvfp4(view, p["weight_scale"], p["weight_scale_2"], 33, 70, torch.float32))
     assert_decoded(y, NVFP4().decode_rows(quantized)[:33, :70], torch.float32)
     quantized = MXFP8().encode(wide)
     p = to_device(MXFP8().pack(quantized))

@@ -32,8 +32,8 @@ class Config(NamedTuple):
     columns: int  # per step of the block formats
     stages: int
     warps: int
-    registers: int | None  # at most, in the int8 kernel: with 128 two programs of 8 warps share an SM, which matters
-    # as 4608 rows are 144 programs, for 132 to 170 SMs
+    registers: int | None  # at most, in the int8 kernel. 128: two programs share an SM, so that the 144 of 4608 rows
+    # run at once on 80 SMs and more; a second wave would double the time
 
 
 def config(rank: int) -> Config:

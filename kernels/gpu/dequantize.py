@@ -26,7 +26,7 @@ def dequantize_nvfp4(
         with on_device(qdata):
             nvfp4_dequantize_kernel[_grid(rows, columns)](
                 qdata.view(torch.uint8), block_scale.view(torch.uint8), scale, y, rows, columns,
-                qdata.shape[1], block_scale.shape[1], ROWS=ROWS, COLUMNS=COLUMNS,
+                qdata.stride(0), block_scale.shape[1], ROWS=ROWS, COLUMNS=COLUMNS,
             )  # fmt: skip
     return y
 
@@ -38,7 +38,7 @@ def dequantize_mxfp8(qdata: Tensor, block_scale: Tensor, rows: int, columns: int
         with on_device(qdata):
             mxfp8_dequantize_kernel[_grid(rows, columns)](
                 qdata.view(torch.uint8), block_scale.view(torch.uint8), y, rows, columns,
-                qdata.shape[1], block_scale.shape[1], ROWS=ROWS, COLUMNS=COLUMNS,
+                qdata.stride(0), block_scale.shape[1], ROWS=ROWS, COLUMNS=COLUMNS,
             )  # fmt: skip
     return y
 
@@ -51,7 +51,7 @@ def dequantize_int8(qdata: Tensor, scale: Tensor, group: int, dtype: torch.dtype
     if y.numel():
         with on_device(qdata):
             int8_dequantize_kernel[_grid(rows, columns)](
-                qdata, scale, y, rows, columns, int(scale.numel() > 1), GROUP=group, ROWS=ROWS
+                qdata.contiguous(), scale, y, rows, columns, int(scale.numel() > 1), GROUP=group, ROWS=ROWS
             )
     return y
 
