@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import calibration_file, job, lora, planning, saved_inputs
+from . import doctor as doctors
 from .checkpoint import ABSORB, LAYER_ERRORS, PROVENANCE, Checkpoint
 from .quantization import pipeline, recipe
 from .quantization.calibration import MOMENTS
@@ -119,6 +120,12 @@ def inspect(arguments) -> dict:
     text += [f"repaired on reading: {r}" for r in file.repairs]
     text += [f"{r['layer']}  {r['format']}{_mark(r)}  {list(r['shape'])}  {r['bytes'] / 1e6:.2f} MB" for r in rows]
     return {"json": found, "text": "\n".join(text)}
+
+
+def doctor(arguments) -> dict:
+    """What this device does with each format, and what to install for a faster path."""
+    found = doctors.diagnose(arguments.device)
+    return {"json": found.as_dict(), "text": found.markdown() if arguments.markdown else "\n".join(found.lines())}
 
 
 def verify(arguments) -> dict:
@@ -276,6 +283,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, inspect, "what a file holds, layer by layer")
     command.add_argument("file")
+
+    command = _command(commands, doctor, "how each format runs on this device, and what is missing")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (the first GPU, else cpu)")
+    command.add_argument("--markdown", action="store_true", help="a table for an issue report")
 
     command = _command(commands, verify, "compare every quantized layer with its source")
     command.add_argument("file")

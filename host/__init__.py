@@ -9,6 +9,7 @@ from .attaching import (
     lora_beside,
     quantized_layers,
 )
+from .inspection import Inspection, inspect
 from .loading import load_clip, load_diffusion_model, plan_text, plans, transcoded_folder
 from .memory import ModelSource, clip_source, model_source
 from .probing import ACTIVATIONS as PROBED_ACTIVATIONS
@@ -31,9 +32,9 @@ from .ui import (
 )
 
 __all__ = [
-    "PROBED_ACTIVATIONS", "Attached", "Budget", "ModelSource", "ProbeCall", "Progress",
+    "PROBED_ACTIVATIONS", "Attached", "Budget", "Inspection", "ModelSource", "ProbeCall", "Progress",
     "RecordOptions", "Recorder", "absorbed_layers", "attach_lora", "calibration_of", "calibration_path",
-    "calibrations", "clip_source", "compute_device", "coverage", "filenames", "full_path", "lacks_branch",
+    "calibrations", "clip_source", "compute_device", "coverage", "filenames", "full_path", "inspect", "lacks_branch",
     "listed_name", "load_clip", "load_diffusion_model", "lora_beside", "make_room", "measure", "model_source",
     "new_calibration_path", "new_recipe_path", "output_path", "plan_text", "plans",
     "quantized_layers", "recipes_folder", "record", "say", "transcoded_folder",

@@ -117,6 +117,8 @@ def _transcoded(name: str, facts: DeviceFacts, shape, room: bool, missing: str, 
     if not room and name == "nvfp4":
         return instead(Plan(TRANSCODE, f"{missing}; 8 bits a weight do not fit into memory", fix=fix), facts)
     safe = facts.cpu.code_max if facts.cpu else 127
+    if safe < 127:
+        served += f" with codes to {safe}, beyond which sums overflow without VNNI"
     return Plan(TRANSCODE, f"{missing}; {served}", kernel, f"int8_convrot_{group}", safe, INT8_BOUND,
                 ACTIVATIONS["int8_convrot"], fix)  # fmt: skip
 

@@ -50,12 +50,11 @@ class DeviceFacts:
         return self.gfx.startswith(("gfx11", "gfx12"))
 
     def __str__(self) -> str:
-        gpu = f" {self.gpu}" if self.sm else f" {self.gfx}" if self.gfx else ""
+        where = str(self.cpu) if self.cpu else " ".join(filter(None, (self.type, self.gpu or self.gfx)))
         cuda = f", CUDA {_dotted(self.cuda)}" if self.cuda else ""
         triton = f", Triton {_dotted(self.triton)}" if self.triton else ""
         backends = ", ".join(sorted(self.backends))
-        cpu = f" {self.cpu}" if self.cpu else ""
-        return f"{self.type}{gpu}{cpu}, torch {_dotted(self.torch)}{cuda}{triton}, comfy-kitchen {backends}"
+        return f"{where}, torch {_dotted(self.torch)}{cuda}{triton}, comfy-kitchen {backends}"
 
 
 def read_facts(device: torch.device, dtype: torch.dtype | None = torch.bfloat16) -> DeviceFacts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .calibrate import Calibrate, CalibrateCLIP, LoadCalibration, SaveCalibration
+from .inspect import Inspect
 from .loaders import CLIPLoader, DiffusionModelLoader
 from .lora import CorrectionLoRA
 from .plan import Plan
@@ -12,7 +13,7 @@ from .quantize import Quantize
 
 NODES: list[type[io.ComfyNode]] = [
     DiffusionModelLoader, CLIPLoader, CorrectionLoRA, Quantize,
-    Calibrate, CalibrateCLIP, SaveCalibration, LoadCalibration, Plan,
+    Calibrate, CalibrateCLIP, SaveCalibration, LoadCalibration, Plan, Inspect,
 ]  # fmt: skip
 
 

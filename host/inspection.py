@@ -1,0 +1,116 @@
+"""How the quantized layers of a loaded model run: as planned, and as counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import comfy.quant_ops
+
+from ..kernels.dispatch import Plan
+from .attaching import quantized_layers
+from .carrying import Carrying
+from .loading import PLANS, plan_lines, plans
+from .planned import Planned
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized layer."""
+
+    layer: str
+    format: str  # of the file
+    kept: str  # the format it is kept in
+    path: str
+    kernel: str
+    reason: str
+    shape: tuple[int, int]
+    nbytes: int
+    runs: dict[str, int]  # forward calls by the kernel that ran
+    distance: float | None  # relative, that transcoding moved the weight
+    added: float | None  # to the layer's weight error, by transcoding
+    ranks: list[int]  # of attached branches
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The quantized layers of a model; without rows it is from another loader, or not quantized."""
+
+    summary: list[str]
+    rows: list[Row]
+
+    def kernels(self) -> dict[str, tuple[int, int]]:
+        """Kernel that ran -> (layers, calls)."""
+        layers, calls = Counter(), Counter()
+        for row in self.rows:
+            for kernel, count in row.runs.items():
+                layers[kernel] += 1
+                calls[kernel] += count
+        return {kernel: (layers[kernel], calls[kernel]) for kernel, _ in calls.most_common()}
+
+    def text(self) -> str:
+        lines = list(self.summary)
+        lines += [
+            f"ran {kernel}: {calls} calls in {layers} layers" for kernel, (layers, calls) in self.kernels().items()
+        ]
+        silent = [row.layer for row in self.rows if not row.runs]
+        if silent and len(silent) < len(self.rows):
+            lines.append(
+                f"did not run: {len(silent)} layers ({', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''})"
+            )
+        elif silent:
+            lines.append("nothing has run yet: connect what the sampler makes to `after`")
+        other = [row for row in self.rows if any(kernel != row.kernel for kernel in row.runs)]
+        if other:
+            ran = ", ".join(other[0].runs)
+            lines.append(f"not as planned: {len(other)} layers ({other[0].layer}: {ran}), as a LoRA of ComfyUI's own "
+                         "nodes, or too little memory, makes it")  # fmt: skip
+        branched = [row for row in self.rows if row.ranks]
+        if branched:
+            ranks = sorted({rank for row in branched for rank in row.ranks})
+            lines.append(f"{len(branched)} layers with low-rank branches, rank {', '.join(map(str, ranks))}")
+        return "\n".join(lines) or "no quantized layers"
+
+    def markdown(self) -> str:
+        """All layers as a table."""
+        rows = [f"| {r.layer} | {r.format} | {r.kept} | {r.path} | {_runs(r)} | {_percent(r.distance)} | "
+                f"{_percent(r.added)} | {', '.join(map(str, r.ranks))} | {r.nbytes / 1e6:.2f} |"
+                for r in self.rows]  # fmt: skip
+        head = ["| layer | file | kept as | path | ran | moved | added error | branches | MB |", "|---" * 9 + "|"]
+        return "\n".join([self.text(), "", *head, *rows])
+
+    def as_dict(self) -> dict:
+        return {"summary": self.text(), "layers": [asdict(row) for row in self.rows]}
+
+
+def inspect(patcher) -> Inspection:
+    """A MODEL or the patcher of a CLIP."""
+    found, loading = plans(patcher), patcher.get_attachment(PLANS)
+    if not found:
+        others = len(quantized_layers(patcher))
+        hint = [f"{others} quantized layers from another loader: ComfyUI runs them, Tessera has not planned them"]
+        return Inspection(hint if others else [], [])
+    layers = {name: module for name, module in patcher.model.named_modules() if isinstance(module, Planned)}
+    rows = []
+    for name, (label, plan) in found.items():
+        path = next((path for path in layers if path == name or path.endswith(f".{name}")), None)
+        if path is not None:
+            rows.append(_row(name, label, plan, layers[path], loading.costs.get(name, (None, None))))
+    return Inspection(plan_lines(patcher), rows)
+
+
+def _row(name: str, label: str, plan: Plan, layer: Carrying, cost) -> Row:
+    weight = layer.weight
+    nbytes = sum(t.nbytes for t in weight.state_dict().values()) if isinstance(
+        weight, comfy.quant_ops.QuantizedTensor) else weight.nbytes  # fmt: skip
+    ranks = [item.down.weight.shape[0] for item, _ in layer.tessera_branches]
+    return Row(name, label, layer.tessera_format.label, plan.path, plan.kernel, plan.reason, tuple(layer._orig_shape),
+               nbytes, dict(layer.tessera_runs), *cost, ranks)  # fmt: skip
+
+
+def _runs(row: Row) -> str:
+    return ", ".join(f"{kernel} {count}" for kernel, count in row.runs.items())
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
