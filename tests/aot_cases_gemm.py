@@ -46,12 +46,14 @@ def int8_cases():
         int8_case("consumer_ragged", "consumer", LARGE, on(imma, 89, 120), **RAGGED),
         int8_case("ampere", "ampere", LARGE, on(imma, 80)),
         int8_case("ampere_middle", "ampere", MIDDLE, on(imma, 80), 128),
+        int8_case("ampere_small", "ampere", SMALL, on(imma, 80), 80),
         int8_case("hopper", "hopper", LARGE, {90: r"^IGMMA"}),
         int8_case("hopper_middle", "hopper", MIDDLE, {90: r"^IGMMA"}, 128),
         int8_case("hopper_small", "hopper", SMALL, on(imma, 90), 80),  # 16 rows are too few for IGMMA
         int8_case("hopper_ragged", "hopper", LARGE, {90: r"^IGMMA"}, **RAGGED),
         int8_case("blackwell", "blackwell", LARGE, {100: r"^UTCIMMA", 103: r"^IMMA"}),  # the B300 has no int8 UTCMMA
         int8_case("blackwell_middle", "blackwell", MIDDLE, {100: r"^UTCIMMA"}, 128),
+        int8_case("blackwell_small", "blackwell", SMALL, {100: r"^IMMA"}, 80),
         int8_case("blackwell_ragged", "blackwell", LARGE, {100: r"^UTCIMMA"}, **RAGGED),
     ]
 
