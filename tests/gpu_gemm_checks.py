@@ -84,7 +84,7 @@ def packed(kind, n, k, spread=1.0):
     if kind == "fp8_row":
         scale = weight.abs().amax(1, keepdim=True) / ref.E4M3_MAX
         codes = (weight / scale).to(torch.float8_e4m3fn)
-        return ("fp8", codes, scale), codes.double() * scale.double()
+        return ("fp8_row", codes, scale), codes.double() * scale.double()
     fmt = formats.parse({"int8_scalar": "int8"}.get(kind, kind))
     stored = fmt.encode(weight)
     entries = fmt.pack(stored)

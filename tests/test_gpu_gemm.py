@@ -1,5 +1,7 @@
 """The GEMM kernels against the reference: in Triton's interpreter, and on the GPU where there is one."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -88,3 +90,11 @@ def test_block_scaled_operands_and_epilogue_are_those_of_the_decoded_numbers(run
 
 def test_no_rows_give_no_rows(run):
     run(no_rows_give_no_rows)
+
+
+@pytest.mark.parametrize("module", ["int8_gemm", "weight_only"])
+def test_more_rows_never_get_a_smaller_tile(module):
+    tile_for = importlib.import_module(f"tessera.kernels.gpu.{module}").tile_for
+    for sm in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)):
+        areas = [tile_for(m, sm).m * tile_for(m, sm).n for m in (1, 16, 17, 64, 65, 4608)]
+        assert areas == sorted(areas)

@@ -38,6 +38,7 @@ KINDS = {
     ("fp8", torch.float8_e4m3fn): "e4m3",
     ("fp8", torch.float8_e5m2): "e5m2",
     ("fp8", torch.uint8): "e4m3",
+    ("fp8_row", torch.float8_e4m3fn): "e4m3",  # what transcoding MXFP8 makes
 }
 
 
@@ -62,7 +63,7 @@ def weight_only_gemm(
     """x [M, K] @ decoded weight [N, K]^T + bias [N] + t [M, R] @ up [N, R]^T, in fp32, rounded once to x's dtype.
 
     kind, qdata and the scales are as packed (format.md 2): nvfp4 with scale [] and swizzled block_scale, mxfp8 with
-    swizzled exponents as block_scale (or as scale), int8 and fp8 with scale [] or [N, 1]. out_features is N where
+    swizzled exponents as block_scale (or as scale), int8, fp8 and fp8_row with scale [] or [N, 1]. out_features is N where
     qdata has padding rows. int8 of a rotated weight takes x rotated by the caller.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
