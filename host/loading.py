@@ -20,7 +20,7 @@ from ..kernels import dispatch
 from ..kernels.dispatch import Plan
 from ..kernels.facts import DeviceFacts
 from ..transcode import Cache
-from . import attaching, wiring
+from . import attaching, embedding, wiring
 from .operations import Loading, operations
 
 log = logging.getLogger("tessera")
@@ -63,21 +63,24 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, speed: st
               disable_dynamic=False):  # fmt: skip
     """A CLIP as `comfy.sd.load_clip` gives it, for one file, its quantized layers run by their kernels.
 
-    The host decodes every weight of a text encoder for each prompt; `speed` exact does that too. Quantized embeddings
-    the host cannot take are decoded.
+    The host decodes every weight of a text encoder for each prompt; `speed` exact does that too. Embedding tables
+    stay packed: rows are decoded as they are looked up.
     """
     options, folders = dict(model_options or {}), folder_paths.get_folder_paths("embeddings")
     file = _quantized_file(path)
     if file is None:
         return comfy.sd.load_clip([path], folders, clip_type, options, disable_dynamic=disable_dynamic)
-    state_dict, _ = _read(file, path)
+    state_dict, _ = _read(file, path, embedding.FORMATS)
     branches = _branches_in(state_dict)
     device = options.get("load_device", comfy.model_management.text_encoder_device())
     compute = next(
         (t.dtype for k, t in state_dict.items() if k.endswith("norm.weight") and t.ndim == 1), torch.bfloat16
     )
-    loading = _loading(file, device, compute, speed, cache)
-    options["custom_operations"] = operations(compute, loading, text_encoder=True)
+    # The host's activations are fp32, which no kernel of a GPU multiplies; and fp16 would overflow in some encoders
+    inputs = None if device.type == "cpu" else torch.bfloat16
+    loading = _loading(file, device, inputs or compute, speed, cache)
+    loading.inputs = None if loading.facts.type == "cpu" else torch.bfloat16
+    options["custom_operations"] = embedding.with_packed_rows(operations(compute, loading, text_encoder=True), compute)
     clip = comfy.sd.load_text_encoder_state_dicts(
         [state_dict], folders, clip_type=clip_type, model_options=options, disable_dynamic=disable_dynamic
     )
@@ -151,7 +154,7 @@ def _quantized_file(path: str) -> Checkpoint | None:
     return file if file.layers or file.opaque else None
 
 
-def _read(file: Checkpoint, path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(file: Checkpoint, path: str, tables=()) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(state dict, metadata) as every host loads them: repaired, each marker a tensor, nothing it cannot take.
 
     Branches stay in, for our `Linear` to take out: whatever the host renames a layer to, its branch goes along.
@@ -160,7 +163,7 @@ def _read(file: Checkpoint, path: str) -> tuple[dict[str, torch.Tensor], dict[st
     branches = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] in BRANCH}
     state_dict = file.repair(state_dict) | branches
     for name, layer in file.layers.items():
-        if not _host_takes(layer):
+        if not _host_takes(layer, tables):
             for suffix in (*layer.sources, "comfy_quant"):
                 state_dict.pop(f"{layer.key}.{suffix}", None)
             weight = file.weight(name).to(torch.bfloat16)
@@ -169,14 +172,17 @@ def _read(file: Checkpoint, path: str) -> tuple[dict[str, torch.Tensor], dict[st
     return state_dict, {k: v for k, v in (metadata or {}).items() if k != QUANTIZATION_METADATA}
 
 
-def _host_takes(layer: Layer) -> bool:
+def _host_takes(layer: Layer, tables=()) -> bool:
+    """Whether the host loads the layer as it is stored; `tables`: formats of embeddings that ours looks up."""
     name, format = layer.key, layer.format
     if DETECTION.search(name):
         return format.codes_per_byte == 1  # a packed weight has another shape
     if not EMBEDDINGS.search(name):
         return True
-    if layer.absorbs:
-        return False  # rows are looked up, no branch can run beside that
+    if layer.absorbs or layer.smoothed:
+        return False  # rows are looked up, nothing can run beside that
+    if format.name in tables:
+        return True
     int8 = hasattr(comfy.quant_ops.get_layout_class("TensorWiseINT8Layout"), "dequantize_embedding")
     return format.name.startswith("float8") or (format.name == "int8_tensorwise" and int8 and _version() >= (0, 30))
 

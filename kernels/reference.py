@@ -225,3 +225,14 @@ def packed_product(kind: str, x: tuple[Tensor, ...], weight: tuple[Tensor, ...])
 def hadamard(group: int, device: torch.device) -> Tensor:
     """The matrix [group, group] that `rotate` multiplies by: symmetric, orthogonal; shared, so read only."""
     return _hadamard(group, device)
+
+
+def decode_gathered(kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, rows: Tensor,
+                    columns: int) -> Tensor:  # fmt: skip
+    """fp32 [n, columns] of the rows (int64 [n], in that order) of a packed nvfp4 or mxfp8 table; no other is read."""
+    tiled = (block_scale if kind == "nvfp4" else scale).view(torch.uint8)
+    tiles = tiled.view(tiled.shape[0] // 128, tiled.shape[1] // 4, 32, 4, 4)
+    picked = swizzle(tiles[rows // 128, :, rows % 32, rows % 128 // 32].flatten(1))
+    scales = (scale, picked.view(torch.float8_e4m3fn)) if kind == "nvfp4" else (picked, None)
+    codes = qdata.view(torch.uint8)[rows].view(qdata.dtype)
+    return decode_rows(kind, codes, *scales, slice(0, rows.shape[0]), columns)
