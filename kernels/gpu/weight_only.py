@@ -63,8 +63,8 @@ def weight_only_gemm(
     """x [M, K] @ decoded weight [N, K]^T + bias [N] + t [M, R] @ up [N, R]^T, in fp32, rounded once to x's dtype.
 
     kind, qdata and the scales are as packed (format.md 2): nvfp4 with scale [] and swizzled block_scale, mxfp8 with
-    swizzled exponents as block_scale (or as scale), int8, fp8 and fp8_row with scale [] or [N, 1]. out_features is N where
-    qdata has padding rows. int8 of a rotated weight takes x rotated by the caller.
+    swizzled exponents as block_scale (or as scale), int8, fp8 and fp8_row with scale [] or [N, 1]. out_features is N
+    where qdata has padding rows. int8 of a rotated weight takes x rotated by the caller.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"weight-only GEMM takes bfloat16 or float16 activations, not {x.dtype}; cast x")
