@@ -24,7 +24,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("TESSERA_CACHE") or ROOT / ".cache").resolve() / "triton"
 CASE_MODULES = ("aot_cases_gemm", "aot_cases_activations")
-PER_GPU = 2
 MATRIX = re.compile(r"^(HMMA|IMMA|QMMA|OMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)")
 LOCAL_MEMORY = ("LDL", "STL")
 # KiB of shared memory that one program may have (CUDA programming guide, technical specifications per capability)
@@ -46,8 +45,8 @@ def cases():
 
 
 def selection():
-    """(name, capability) of what the tests compile: PER_GPU cases of every kernel on every GPU it claims, in turns, and
-    every case somewhere. All of them take ten minutes: TESSERA_AOT=all, or this file as a program.
+    """(name, capability) of what the tests compile: a case of every kernel on every GPU it claims, in turns, and every
+    case somewhere. All of them take ten minutes: TESSERA_AOT=all, or this file as a program.
     """
     every = [(name, cc) for name, case in cases().items() for cc in case["expect"]]
     if os.environ.get("TESSERA_AOT") == "all":
@@ -55,11 +54,11 @@ def selection():
     claims = defaultdict(list)
     for name, cc in every:
         claims[cases()[name]["kernel"].fn.__qualname__, cc].append(name)
-    kept = set()
-    for turn, ((_, cc), names) in enumerate(sorted(claims.items())):
-        kept |= {(names[(turn * PER_GPU + i) % len(names)], cc) for i in range(PER_GPU)}
-    forgotten = set(cases()) - {name for name, _ in kept}
-    kept |= {(name, min(cases()[name]["expect"])) for name in forgotten}
+    kept = {(names[turn % len(names)], cc) for turn, ((_, cc), names) in enumerate(sorted(claims.items()))}
+    forgotten = [name for name in cases() if name not in {name for name, _ in kept}]
+    for turn, name in enumerate(forgotten):
+        capabilities = sorted(cases()[name]["expect"])
+        kept.add((name, capabilities[turn % len(capabilities)]))
     return [key for key in every if key in kept]
 
 
