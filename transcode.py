@@ -67,7 +67,7 @@ def transcode(format: Format, entries: Entries, shape: tuple[int, int], plan: Pl
 
 
 def _int8(target: INT8, weight: torch.Tensor, code_max: int) -> formats.Quantized:
-    """Row scales amax / code_max; 63 where the device's int8 sums would overflow with larger codes."""
+    """Row scales amax / code_max; 64 where the device's int8 sums would overflow with larger codes."""
     rotated = torch.cat([target.rotate(rows) for rows in weight.split(chunk_rows(weight.shape[1]))])
     scale = (rotated.abs().amax(1, keepdim=True) / code_max).clamp(min=1e-30)
     return target.encode_with(rotated, scale)

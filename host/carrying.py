@@ -25,6 +25,7 @@ KINDS = {
 }  # fmt: skip
 EXTENDED = ("nvfp4", "mxfp8", "fp8_row")  # kernels that take branches in reserved columns of the weight
 CPU = torch.device("cpu")
+COMPILING = "a graph must not write into a weight: call the layer once before compiling it"
 
 Pair = tuple[Branch, SideBranch]
 
@@ -81,6 +82,8 @@ class Carrying:
     def powers(self, stored: Stored, branch: LowRankBranch | None) -> Tensor | str | None:
         """The powers of two of this layer's own branches, found once; None without any."""
         which = tuple(id(item) for item, _ in self.whole()), stored.qdata.device
+        if self._powers[0] != which and torch.compiler.is_compiling():
+            return COMPILING
         if self._powers[0] != which:
             self._powers = which, None if branch is None else extended.powers(stored, branch)
         return self._powers[1]
@@ -97,6 +100,8 @@ class Carrying:
         if isinstance(powers, str):
             return branch
         which = tuple(id(item) for item, _ in pairs), stored.qdata.device, stored.extension
+        if self._encoded[0] != which and torch.compiler.is_compiling():
+            return branch
         if self._encoded[0] != which:
             ranks = [item.down.weight.shape[0] for item, _ in pairs]
             exact = [side.absorbed for _, side in pairs]
@@ -106,7 +111,7 @@ class Carrying:
             return branch
         buffer, standing = self._placed
         if buffer() is not stored.qdata or standing is not found:
-            if torch.compiler.is_compiling():  # a graph must not write into a weight
+            if torch.compiler.is_compiling():
                 return branch
             extended.place(stored, found)
             self._placed = weakref.ref(stored.qdata), found

@@ -45,6 +45,11 @@ class DeviceFacts:
         return self.sm is not None and self.triton is not None and self.triton >= (3, 6)
 
     @property
+    def residual(self) -> bool:
+        """Whether comfy-kitchen's int8 adds a residual in its epilogue (0.2.40)."""
+        return "residual" in self.features
+
+    @property
     def rdna3(self) -> bool:
         """comfy-kitchen's HIP GEMMs are written for gfx11 and gfx12."""
         return self.gfx.startswith(("gfx11", "gfx12"))

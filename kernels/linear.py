@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,51 +137,48 @@ def kernel(name: str) -> Callable[[Kernel], Kernel]:
     return register
 
 
+def _factors(branch: LowRankBranch | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if branch is None else (branch.down, branch.strength, branch.up)
+
+
 def dense(x: Input) -> Tensor:
+    """The input as a tensor."""
     return x.dense() if isinstance(x, Gated) else x
 
 
 @kernel("cpu_int8")
 @kernel("cpu_widened")
 def _cpu_int8(x, weight, bias, branch, prepared):
-    x = dense(x)
-    t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
-    return ops.int8_linear_cpu(x, weight.qdata, weight.scale, weight.group, bias, t, up, weight.code_max)
+    return ops.int8_linear_cpu(
+        dense(x), weight.qdata, weight.scale, weight.group, bias, *_factors(branch), weight.code_max
+    )
 
 
 @kernel("cpu_decoded")
 def _cpu_decoded(x, weight, bias, branch, prepared):
-    x = dense(x)
-    t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
-    return ops.decoded_linear_cpu(
-        x, weight.kind, weight.qdata, weight.scale, weight.block_scale, weight.shape[0], weight.group, bias, t, up
-    )
+    return ops.decoded_linear_cpu(dense(x), weight.kind, weight.qdata, weight.scale, weight.block_scale,
+                                  weight.shape[0], weight.group, bias, *_factors(branch))  # fmt: skip
 
 
 @kernel("int8")
 def _kitchen_int8(x, weight, bias, branch, prepared):
-    import comfy_kitchen as ck
-
     x = dense(x)
-    arguments = {"convrot": weight.group > 0, "convrot_groupsize": weight.group or 256, "out_dtype": x.dtype}
-    if branch is None:
-        return ck.int8_linear(x, weight.qdata, weight.scale, bias, **arguments)
-    if _takes_residual():  # added before the only rounding; L is written once and read once
-        residual = branch.middle(x) @ branch.up.T
-        ones = torch.ones(weight.shape[0], device=x.device, dtype=torch.float32)
-        return ck.int8_linear(x, weight.qdata, weight.scale, bias, **arguments, residual=residual, residual_scale=ones)
-    return branch.add_to(ck.int8_linear(x, weight.qdata, weight.scale, bias, **arguments), x)
+    y = ops.kitchen_int8(x, weight.qdata, weight.scale, weight.group, bias, None)
+    return y if branch is None else branch.add_to(y, x)
 
 
-@lru_cache(maxsize=1)
-def _takes_residual() -> bool:
-    import comfy_kitchen
-
-    return {"residual", "residual_scale"} <= inspect.signature(comfy_kitchen.int8_linear).parameters.keys()
+@kernel("int8_residual")
+def _kitchen_int8_residual(x, weight, bias, branch, prepared):
+    """The branch is added in the epilogue, before the only rounding."""
+    x = dense(x)
+    residual = None if branch is None else branch.middle(x) @ branch.up.T
+    return ops.kitchen_int8(x, weight.qdata, weight.scale, weight.group, bias, residual)
 
 
 @kernel("int8_fused")
 def _int8_fused(x, weight, bias, branch, prepared):
+    if branch is not None and branch.down.shape[0] > ops.MAX_RANK:
+        return branch.add_to(_int8_fused(x, weight, bias, None, None), dense(x))
     x_q = prepared or _rotated(x, weight, branch)
     t, up = (None, None) if branch is None else (x_q.t, branch.up)
     return ops.int8_gemm(x_q.q, x_q.scale, weight.qdata, weight.scale, bias, t, up, x.dtype)
@@ -202,6 +197,8 @@ PREPARE["int8_fused"] = _rotated
 @kernel("weight_only")
 def _weight_only(x, weight, bias, branch, prepared):
     x = dense(x)
+    if branch is not None and branch.down.shape[0] > ops.MAX_RANK:
+        return branch.add_to(_weight_only(x, weight, bias, None, None), x)
     t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
     return ops.weight_only_gemm(
         x, weight.kind, weight.qdata, weight.scale, weight.block_scale, weight.shape[0], bias, t, up

@@ -13,34 +13,39 @@ from torch import Tensor
 from . import cpu
 from . import reference as ref
 
+MAX_RANK = 256  # of a branch that our kernels take into their own sweep or epilogue
+ROTATED = (0, 4, 16, 64, 256)  # ConvRot groups that our kernels rotate
 PADS = {"nvfp4": (16, 16), "mxfp8": (32, 32), "fp8_row": (1, 1)}  # of rows and columns, in an operand
 
 
 @torch.library.custom_op("tessera::int8_linear_cpu", mutates_args=())
-def int8_linear_cpu(x: Tensor, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None, t: Tensor | None,
-                    up: Tensor | None, code_max: int) -> Tensor:  # fmt: skip
-    """x [M, in] times an int8 weight [out, in] on the CPU, by the way that `cpu.choose` says; [M, out]."""
+def int8_linear_cpu(x: Tensor, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None, down: Tensor | None,
+                    strength: Tensor | None, up: Tensor | None, code_max: int) -> Tensor:  # fmt: skip
+    """x [M, in] times an int8 weight [out, in] on the CPU, by the way that `cpu.choose` says, plus branch; [M, out]."""
+    t = None if down is None else cpu.branch_middle(x, down, strength)
     return cpu.int8_linear(x, weight, scale, group, bias, t, up, code_max)
 
 
 @int8_linear_cpu.register_fake
-def _(x, weight, scale, group, bias, t, up, code_max):
+def _(x, weight, scale, group, bias, down, strength, up, code_max):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("tessera::decoded_linear_cpu", mutates_args=())
 def decoded_linear_cpu(x: Tensor, kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, n: int,
-                       group: int, bias: Tensor | None, t: Tensor | None, up: Tensor | None) -> Tensor:  # fmt: skip
-    """x [M, in] times a weight that is decoded some rows at a time, in fp32; [M, out]."""
+                       group: int, bias: Tensor | None, down: Tensor | None, strength: Tensor | None,
+                       up: Tensor | None) -> Tensor:  # fmt: skip
+    """x [M, in] times a weight that is decoded some rows at a time, in fp32, plus branch; [M, out]."""
 
     def rows(part: slice) -> Tensor:
-        return ref.decode_rows(kind, qdata, scale, block_scale, part, x.shape[1], group)
+        return cpu.decode_rows(kind, qdata, scale, block_scale, part, x.shape[1], group)
 
+    t = None if down is None else cpu.branch_middle(x, down, strength)
     return cpu.decoded_linear(x, rows, n, bias, t, up)
 
 
 @decoded_linear_cpu.register_fake
-def _(x, kind, qdata, scale, block_scale, n, group, bias, t, up):
+def _(x, kind, qdata, scale, block_scale, n, group, bias, down, strength, up):
     return x.new_empty(x.shape[0], n)
 
 
@@ -54,11 +59,11 @@ def rotate_quantize_int8(x: Tensor, up: Tensor | None, group: int, down: Tensor 
     if not x.is_cuda:
         x = _gated(x, up)
         return *ref.quantize_rows(x, group), _middle(x, down, strength)
-    kernels = _gpu("activations")
+    kernels, x, down, strength = _gpu("activations"), x.contiguous(), _whole(down), _whole(strength)
     if up is None:
         q, scale, t = kernels.rotate_quantize_int8(x, group, down, strength)
     else:
-        q, scale, t = kernels.swiglu_quantize_int8(x, up, group, down, strength)
+        q, scale, t = kernels.swiglu_quantize_int8(x, up.contiguous(), group, down, strength)
     return q, scale, _given(t, x)
 
 
@@ -83,6 +88,26 @@ def _(q, x_scale, weight, scale, bias, t, up, dtype):
     return q.new_empty(q.shape[0], weight.shape[0], dtype=dtype)
 
 
+@torch.library.custom_op("tessera::kitchen_int8", mutates_args=())
+def kitchen_int8(x: Tensor, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None,
+                 residual: Tensor | None) -> Tensor:  # fmt: skip
+    """comfy-kitchen's int8_linear of x [M, in], by its best backend; residual [M, out] is added before rounding.
+
+    Raises TypeError for a residual where comfy-kitchen has none (before 0.2.40): plans know that beforehand.
+    """
+    import comfy_kitchen as ck
+
+    extra = {}
+    if residual is not None:
+        extra = {"residual": residual, "residual_scale": torch.ones(weight.shape[0], device=x.device)}
+    return ck.int8_linear(x.contiguous(), weight, scale, bias, x.dtype, group > 0, group or 256, **extra)
+
+
+@kitchen_int8.register_fake
+def _(x, weight, scale, group, bias, residual):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 @torch.library.custom_op("tessera::weight_only_gemm", mutates_args=())
 def weight_only_gemm(x: Tensor, kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, n: int,
                      bias: Tensor | None, t: Tensor | None, up: Tensor | None) -> Tensor:  # fmt: skip
@@ -102,7 +127,7 @@ def _(x, kind, qdata, scale, block_scale, n, bias, t, up):
 def dequantize(kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, n: int, k: int, group: int,
                dtype: torch.dtype) -> Tensor:  # fmt: skip
     """The weight [n, k] that the codes stand for, in dtype."""
-    if qdata.is_cuda and _has_triton():
+    if qdata.is_cuda and _has_triton() and group in ROTATED:
         kernels = _gpu("dequantize")
         if kind == "nvfp4":
             return kernels.dequantize_nvfp4(qdata, block_scale, scale, n, k, dtype)
@@ -128,8 +153,8 @@ def quantize_blocks(kind: str, x: Tensor, up: Tensor | None, scale: Tensor, down
     """
     if not (x.is_cuda and kind in ("nvfp4", "mxfp8") and _has_triton()):
         return _operand(kind, _gated(x, up), scale, down, strength, extension)
-    kernels = _gpu("activations")
-    inputs = (x,) if up is None else (x, up)
+    kernels, down, strength = _gpu("activations"), _whole(down), _whole(strength)
+    inputs = (x.contiguous(),) if up is None else (x.contiguous(), up.contiguous())
     scales = (scale,) if kind == "nvfp4" else ()
     quantize = getattr(kernels, f"{'swiglu_' if up is not None else ''}quantize_{kind}")
     q, block_scale, t = quantize(*inputs, *scales, down, strength, extension)
@@ -148,7 +173,8 @@ def dual_quantize(x: Tensor, scale: Tensor, down: Tensor | None, strength: Tenso
     """x as nvfp4 (codes, scales) and as mxfp8 (codes, exponents), each with the middle in its extension; read once."""
     if x.is_cuda and _has_triton():
         extensions = nvfp4_extension, mxfp8_extension
-        nvfp4, mxfp8, _ = _gpu("activations").dual_quantize(x, scale, down, strength, extensions)
+        kernels, x = _gpu("activations"), x.contiguous()
+        nvfp4, mxfp8, _ = kernels.dual_quantize(x, scale, _whole(down), _whole(strength), extensions)
         return *nvfp4, *mxfp8
     q, block_scale, _ = _operand("nvfp4", x, scale, down, strength, nvfp4_extension)
     codes, exponents, _ = _operand("mxfp8", x, scale, down, strength, mxfp8_extension)
@@ -234,6 +260,10 @@ def _middle(x: Tensor, down: Tensor | None, strength: Tensor | None) -> Tensor:
 
 def _gated(x: Tensor, up: Tensor | None) -> Tensor:
     return x if up is None else ref.swiglu(x, up).to(x.dtype)
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _given(t: Tensor | None, x: Tensor) -> Tensor:

@@ -18,9 +18,7 @@ assert {name for name, _ in CASES} <= set(DEVICES)
 
 def strength_of(model):
     """The attachment's slider, as the node that made the model holds it."""
-    [(key, injections)] = [
-        (k, i) for k, i in model.injections.items() if k.startswith("tessera.") and "wiring" not in k
-    ]
+    [injections] = [i for k, i in model.injections.items() if k.startswith("tessera.") and "wiring" not in k]
     return injections[0].inject.__self__
 
 
@@ -67,10 +65,11 @@ def test_every_operation_has_a_fake_that_agrees_with_it():
     xq, xs, _ = ops.quantize_blocks("nvfp4", x, None, torch.tensor(0.01), None, None, 0)
     one = torch.tensor(0.01)
     samples = [
-        (ops.int8_linear_cpu, (x, w, sw, 16, torch.randn(48), t, up, 127)),
-        (ops.decoded_linear_cpu, (x, "nvfp4", nv, one, nvs, 48, 0, None, t, up)),
+        (ops.int8_linear_cpu, (x, w, sw, 16, torch.randn(48), down, strength, up, 127)),
+        (ops.decoded_linear_cpu, (x, "nvfp4", nv, one, nvs, 48, 0, None, down, strength, up)),
         (ops.rotate_quantize_int8, (x, None, 16, down, strength)),
         (ops.rotate_quantize_int8, (x, gate, 16, None, None)),
+        (ops.kitchen_int8, (x, w, sw, 16, torch.randn(48), None)),
         (ops.int8_gemm, (q, sx, w, sw, None, t, up, torch.bfloat16)),
         (ops.weight_only_gemm, (x, "mxfp8", mx, mxs, None, 48, None, None, None)),
         (ops.dequantize, ("nvfp4", nv, one, nvs, 48, 96, 0, torch.float32)),
@@ -83,9 +82,11 @@ def test_every_operation_has_a_fake_that_agrees_with_it():
             samples.append((ops.quantize_blocks, (kind, x, None, scale, down, strength, extension)))
         samples.append((ops.quantize_blocks, (kind, x, gate, scale, None, None, 64)))
     for operation, arguments in samples:
-        found = torch.library.opcheck(
-            operation, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        )
-        assert set(found.values()) == {"SUCCESS"}, (operation, found)
+        found = operation(*arguments)
+        tensors = [*arguments, *(found if isinstance(found, tuple) else (found,))]
+        eight = any(isinstance(v, torch.Tensor) and v.dtype == torch.float8_e4m3fn for v in tensors)
+        checks = ("test_faketensor",) if eight else ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        checked = torch.library.opcheck(operation, arguments, test_utils=checks)  # the others cannot compare fp8
+        assert set(checked.values()) == {"SUCCESS"}, (operation, checked)
     names = {name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)}
     assert names == {operation._name for operation, _ in samples}

@@ -143,6 +143,18 @@ def test_without_room_4_bit_layers_stay_4_bit():
         assert dispatch.plan(formats.MXFP8(), facts, shape=SHAPE, room=False).path == TRANSCODE  # is 8 bits already
 
 
+def test_a_residual_in_the_epilogue_is_used_where_comfy_kitchen_has_one():
+    facts = nvidia(9, 0, features=frozenset({"residual"}))
+    assert dispatch.plan(formats.parse("int8_convrot_256"), facts, shape=SHAPE).kernel == "int8_residual"
+    assert dispatch.plan(formats.parse("int8_convrot_64"), facts, shape=SHAPE).kernel == "int8_fused"
+
+
+def test_a_group_that_our_kernel_does_not_rotate_is_left_to_comfy_kitchen():
+    assert dispatch.plan(formats.parse("int8_convrot_1024"), nvidia(8, 6), shape=(64, 2048)).kernel == "int8"
+    plan = dispatch.plan(formats.parse("int8_convrot_1024"), nvidia(8, 6, cuda=(12, 1)), shape=(64, 2048))
+    assert plan.kernel == "host" and plan.path == NATIVE
+
+
 def test_fp32_computing_gets_no_16_bit_kernel():
     facts = nvidia(8, 6, cuda=(12, 1), dtype="float32")
     assert {dispatch.plan(formats.parse(label), facts, shape=SHAPE).kernel for label in LABELS} == {"decode", "host"}
