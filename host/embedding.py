@@ -74,10 +74,8 @@ class PackedRows:
         weight, _, stream = comfy.ops.cast_bias_weight(
             self, device=input.device, dtype=self.weight.dtype, offloadable=True
         )
-        if self._is_packed(weight):
-            rows = self._decoded(weight, input)
-        else:  # the host has decoded it on the way
-            rows = torch.nn.functional.embedding(input, weight)
+        decoded = not self._is_packed(weight)  # whole, by the host on the way
+        rows = torch.nn.functional.embedding(input, weight) if decoded else self._decoded(weight, input)
         comfy.ops.uncast_bias_weight(self, weight, None, stream)
         return rows.to(self.weight.dtype if out_dtype is None else out_dtype)
 

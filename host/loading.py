@@ -76,10 +76,8 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, speed: st
     compute = next(
         (t.dtype for k, t in state_dict.items() if k.endswith("norm.weight") and t.ndim == 1), torch.bfloat16
     )
-    # The host's activations are fp32, which no kernel of a GPU multiplies; and fp16 would overflow in some encoders
-    inputs = None if device.type == "cpu" else torch.bfloat16
-    loading = _loading(file, device, inputs or compute, speed, cache)
-    loading.inputs = None if loading.facts.type == "cpu" else torch.bfloat16
+    loading = _loading(file, device, compute if device.type == "cpu" else torch.bfloat16, speed, cache)
+    loading.text_encoder = True
     options["custom_operations"] = embedding.with_packed_rows(operations(compute, loading, text_encoder=True), compute)
     clip = comfy.sd.load_text_encoder_state_dicts(
         [state_dict], folders, clip_type=clip_type, model_options=options, disable_dynamic=disable_dynamic
