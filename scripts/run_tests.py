@@ -1,11 +1,11 @@
-"""pytest, which in CI fails for every test that was skipped, unless it is one that needs a GPU."""
+"""pytest, which in CI fails for every test that was skipped, unless it is one that needs a GPU or a CPU with VNNI."""
 
 import os
 import sys
 
 import pytest
 
-NEEDS_HARDWARE = {"gpu", "blackwell"}
+NEEDS_HARDWARE = {"gpu", "blackwell", "vnni"}
 
 
 class NoSilentSkips:

@@ -209,6 +209,7 @@ def test_saturation_is_found_exactly_where_full_codes_multiply_wrongly(onednn):
     assert right is not cpu.facts().saturates
 
 
+@pytest.mark.vnni
 def test_full_codes_multiply_exactly_with_vnni(onednn):
     if cpu.facts().saturates:
         pytest.skip(f"needs a CPU whose int8 product does not saturate, this is {cpu.facts()}")

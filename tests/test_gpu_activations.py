@@ -17,7 +17,13 @@ from tessera.kernels import reference as ref
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
-compiled_or_interpreted = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETING, reason="runs in the interpreter")
+
+
+def compiled_or_interpreted(test):
+    """Runs on a GPU, or in the process that the test below starts."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETING, reason="no GPU")(test))
+
+
 BF16 = torch.bfloat16
 SHAPES = ((1, 96), (63, 80), (130, 144), (16, 100))  # [M, K]
 SHAPES_AND_DTYPES = (*((shape, BF16) for shape in SHAPES), (SHAPES[1], torch.float32), (SHAPES[3], torch.float16))
@@ -225,6 +231,22 @@ def test_extension_columns_are_the_quantized_branch(kernels, shape, rank, extens
     assert none is None
     assert_bytes(nv, nvfp4(joined(16, t), sx))
     assert_bytes(mx, mxfp8(joined(32, t)))
+
+
+@compiled_or_interpreted
+@pytest.mark.parametrize("shape", ((1, 96), (63, 80), (130, 128)))
+def test_an_extension_without_a_branch_is_empty(kernels, shape):
+    x = tensors(*shape)
+    sx = tensor_scale(x)
+
+    def behind(block):
+        return torch.cat((x, x.new_zeros(shape[0], ref.round_up(shape[1], block) - shape[1] + 64)), 1)
+
+    nv, mx, none = kernels.dual_quantize(x, sx, extensions=(64, 64))
+    assert none is None
+    assert_bytes(nv, nvfp4(behind(16), sx))
+    assert_bytes(mx, mxfp8(behind(32)))
+    assert_bytes(kernels.quantize_nvfp4(x, sx, extension=64)[:2], nvfp4(behind(16), sx))
 
 
 @compiled_or_interpreted

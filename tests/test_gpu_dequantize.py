@@ -13,7 +13,13 @@ from tessera.kernels import reference as ref
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
-compiled_or_interpreted = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETING, reason="runs in the interpreter")
+
+
+def compiled_or_interpreted(test):
+    """Runs on a GPU, or in the process that the test below starts."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETING, reason="no GPU")(test))
+
+
 SHAPES = ((1, 16), (63, 80), (130, 320), (5, 90))
 # The interpreter truncates where a GPU rounds: there only fp32 is compared
 DTYPES = (torch.float32,) if DEVICE == "cpu" else (torch.float32, torch.bfloat16, torch.float16)

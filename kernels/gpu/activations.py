@@ -2,7 +2,8 @@
 
 In every launcher x is [M, K], contiguous, fp16, bf16 or fp32; down [R, K] and s ([R] or [], fp32; None: 1) give the
 branch's t = s * (x down^T) [M, R], from x before any rotation or rounding, in x's dtype; without down t is None.
-`extension` columns (a multiple of 64) put t behind x instead, rounded by the same rule, and t is None.
+`extension` columns (a multiple of 64) put t behind x instead, rounded by the same rule, and t is None; zeros without a
+branch.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _blocks(x, up, sx, down, s, extensions):
     rank = 0 if down is None else down.shape[0]
     nv_extension, mx_extension = (0 if e is None else e for e in extensions)
     for extension in (nv_extension, mx_extension):
-        if extension % 64 or (extension and not 0 < rank <= extension):
+        if extension % 64 or (extension and rank > extension):
             raise ValueError(
                 f"extension of {extension} columns for a branch of rank {rank}: use a multiple of 64 >= rank"
             )

@@ -60,6 +60,11 @@ def block_quantize_kernel(
                 codes, scales, mx_ptr, mx_scale_ptr, rows, mx_k, mx_k + MX_EXTENSION, M, mx_k, MX_EXTENSION, RANK, 32
             )
             _clear(mx_ptr, mx_scale_ptr, rows, M, mx_k, MX_EXTENSION, RANK, 32)
+    elif tl.program_id(1) == 0:
+        if NV_EXTENSION:
+            _clear(nv_ptr, nv_scale_ptr, rows, M, nv_k, NV_EXTENSION, 0, 16)
+        if MX_EXTENSION:
+            _clear(mx_ptr, mx_scale_ptr, rows, M, mx_k, MX_EXTENSION, 0, 32)
 
 
 @triton.jit
