@@ -175,6 +175,7 @@ def test_auto_runs_the_kernel_of_each_plan_and_stays_near_the_decoded_weights(or
 
 @pytest.mark.parametrize("label, gpu", [
     ("nvfp4", "SM 12.0"), ("mxfp8", "SM 9.0"), ("nvfp4", "SM 8.6, CUDA 12"), ("int8_convrot", "SM 8.6, CUDA 12"),
+    ("fp8_e4m3", "SM 9.0"),
 ])  # fmt: skip
 def test_gpu_kernels_get_bf16_and_the_host_its_fp32_with_a_reference_in_place_of_cuda(
     quantized, monkeypatch, label, gpu
