@@ -77,7 +77,8 @@ class CLIPLoader(io.ComfyNode):
             ],
             outputs=[io.Clip.Output()],
             hidden=[io.Hidden.unique_id],
-            description="Loads a text encoder like Load CLIP, quantized ones and quantized embedding tables included.",
+            description="Loads a text encoder like Load CLIP, quantized layers by this device's kernels instead of "
+            "decoding them for each prompt; embedding tables stay quantized.",
             search_aliases=["clip loader", "text encoder", "qwen", "quantized"],
         )  # fmt: skip
 
