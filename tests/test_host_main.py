@@ -64,17 +64,26 @@ def test_plain_checkpoint_samples_as_with_the_stock_loader(tiny):
     assert torch.equal(sample(ours(tiny["bf16"])), sample(stock(tiny["bf16"])))
 
 
-def test_nvfp4_recipe_samples_as_with_the_stock_loader(tiny):
-    assert torch.equal(sample(ours(tiny["model"])), sample(stock(tiny["model"])))
+def test_exact_nvfp4_recipe_samples_as_with_the_stock_loader(tiny):
+    """On CPU the host decodes NVFP4 and MXFP8 for each call, as `exact` does."""
+    assert torch.equal(sample(ours(tiny["model"], speed="exact")), sample(stock(tiny["model"])))
 
 
-LABELS = ["nvfp4", "mxfp8", "int8", "int8_row", "int8_convrot", "int8_convrot_16", "fp8_e4m3", "fp8_e5m2"]
+EMULATED = ["nvfp4", "mxfp8", "fp8_e4m3", "fp8_e5m2"]
+LABELS = [*EMULATED, "int8", "int8_row", "int8_convrot", "int8_convrot_16"]
+
+
+@pytest.mark.parametrize("label", EMULATED)
+def test_exact_samples_each_emulated_format_as_with_the_stock_loader(quantized, label):
+    name = quantized(label)
+    assert torch.equal(sample(ours(name, speed="exact")), sample(stock(name)))
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_each_format_samples_as_with_the_stock_loader(quantized, label):
+def test_auto_samples_near_the_decoded_weights(quantized, label):
+    """What rounding of inputs and transcoding may change: a few tenths of a percent of the latent (tiny-model.md)."""
     name = quantized(label)
-    assert torch.equal(sample(ours(name)), sample(stock(name)))
+    assert relative(sample(ours(name)), sample(ours(name, speed="exact"))) < 0.02
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -147,11 +156,13 @@ def test_plans_can_be_queried_and_are_logged_once(tiny, caplog):
     with caplog.at_level(logging.INFO, "tessera"):
         model = ours(tiny["model"])
     plans = host.plans(model)
-    assert len(plans) == 28 and all(plan.path == "decode" and "on cpu" in plan.reason for _, plan in plans.values())
+    assert len(plans) == 28 and all(plan.path == "transcode" and "on cpu" in plan.reason for _, plan in plans.values())
     assert host.plans(model.clone()) == plans
     lines = [r.message for r in caplog.records if r.name == "tessera"]
-    assert len(lines) == len({(label, plan) for label, plan in plans.values()})
-    assert any("nvfp4: decode (comfy-kitchen and torch multiply no nvfp4 on cpu)" in line for line in lines)
+    assert len(lines) == len({(label, plan) for label, plan in plans.values()}) + 1
+    assert any("nvfp4: transcode to int8_convrot_256 (comfy-kitchen and torch multiply no nvfp4 on cpu" in line
+               for line in lines)  # fmt: skip
+    assert any("transcoded 28 layers: weights moved by at most" in line for line in lines)
 
 
 def test_a_deep_copy_is_loaded_again_with_our_layers(tiny):
@@ -159,7 +170,7 @@ def test_a_deep_copy_is_loaded_again_with_our_layers(tiny):
     copy = model.clone(force_deepcopy=True)
     assert copy.model is not model.model
     layer = copy.model.get_submodule("diffusion_model.layers.0.feed_forward.w1")
-    assert layer.tessera_plan.path == "decode"
+    assert layer.tessera_plan.path == "transcode"
     assert torch.equal(sample(copy), sample(model))
 
 
@@ -241,4 +252,4 @@ def test_scaled_z_image_has_the_recipes_layers_and_loads_with_both_loaders(scale
     report = Job(Checkpoint(scaled), target, recipe.builtin(name), rank=0).run()
     assert report.counts() == COUNTS[name]
     first, second = (sample(load(target.name), steps=1) for load in (ours, stock))
-    assert torch.equal(first, second) and torch.isfinite(first).all()
+    assert relative(first, second) < 0.02 and torch.isfinite(first).all()
