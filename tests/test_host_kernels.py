@@ -328,3 +328,41 @@ def test_wiring_is_taken_back_and_spares_hooked_layers(device, mixed):
     model.detach()
     assert "_forward_silu_gating" not in vars(block) and block.w1.tessera_siblings is None
     assert relative(block(x), y) < 1e-3
+
+
+def test_inspect_counts_the_kernels_that_ran_and_says_what_transcoding_cost(models, tiny):
+    model = ours(tiny["model"])
+    before = node("TesseraInspect").execute(model)
+    assert "nothing has run yet" in before.ui["text"][0]
+    sample(model, steps=3)
+    found = node("TesseraInspect").execute(model, after="latent")
+    [text], [data] = found.ui["text"], found.ui["tessera_rows"]
+    kernels = {row["kernel"] for row in data["layers"]}
+    for kernel in kernels:
+        layers = sum(row["kernel"] == kernel for row in data["layers"])
+        assert f"ran {kernel}: " in text and f"calls in {layers} layers" in text
+    assert "transcoded 28 layers: weights moved by at most" in text and "not as planned" not in text
+    assert len(data["layers"]) == 28 and all(row["runs"] == {row["kernel"]: 3} for row in data["layers"])
+    assert all(row["kept"] == "int8_convrot_256" and 0 < row["distance"] < 0.05 for row in data["layers"])
+    table = [line for line in found.args[0].splitlines() if line.startswith("| ")]
+    assert len(table) == 28 + 1 and any("layers.1.feed_forward.w1" in line for line in table)
+
+
+def test_inspect_names_layers_that_did_not_run_as_planned(models, tiny):
+    corrected = loaded(node("TesseraCorrectionLoRA").execute(ours(tiny["model"]), tiny["lora"], 1.0).args[0])
+    layer = layer_of(corrected)
+    layer(inputs(2))
+    layer.comfy_force_cast_weights = True
+    layer(inputs(2))
+    text = node("TesseraInspect").execute(corrected).ui["text"][0]
+    assert f"not as planned: 1 layers ({LAYER}: {layer.tessera_plan.kernel}, host, decoded)" in text
+    assert "did not run: 27 layers" in text and "28 layers with low-rank branches" in text
+    corrected.detach()
+
+
+def test_inspect_leaves_models_of_other_loaders_alone_with_a_hint(tiny):
+    import nodes
+
+    stock = nodes.UNETLoader().load_unet(tiny["model"], "default")[0]
+    assert "28 quantized layers from another loader" in node("TesseraInspect").execute(stock).ui["text"][0]
+    assert node("TesseraInspect").execute(ours(tiny["bf16"])).ui["text"] == ["no quantized layers"]
