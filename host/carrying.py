@@ -61,15 +61,18 @@ class Carrying:
                           side.strength_on(x.device)) for item, side in self.whole()
         ]  # fmt: skip
 
-    def joined(self, kernel: str, x: Tensor | Gated,
-               stored: Stored) -> tuple[LowRankBranch | None, Prepared | None, list[Pair]]:  # fmt: skip
-        """(all branches of the whole output as one, the input if a sibling has quantized it, the other branches)."""
+    def joined(self, kernel: str, x: Tensor | Gated, stored: Stored,
+               given: Tensor | Gated) -> tuple[LowRankBranch | None, Prepared | None, list[Pair]]:  # fmt: skip
+        """(all branches of the whole output as one, the input if a sibling has quantized it, the other branches).
+
+        `given` is what the layer was called with: x, before it was cast.
+        """
         beside = [pair for pair in self.tessera_branches if not pair[0].fuses]
         for item, _ in self.whole():
             item.count()
         siblings = self.tessera_siblings
         if siblings is not None and siblings.serves(kernel, x):
-            return *siblings.serve(self, kernel, x, stored), beside
+            return *siblings.serve(self, kernel, x, stored, given), beside
         parts = self.parts(x)
         if not parts:
             return None, None, beside
@@ -187,15 +190,19 @@ class Siblings:
         self._served: set[int] = set()
 
     def serves(self, kernel: str, x: Tensor | Gated) -> bool:
-        return (
-            kernel in linear.PREPARE and isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling()
-        )
+        return kernel in linear.PREPARE and isinstance(x, Tensor) and x.numel() > 0
 
-    def serve(self, layer: Carrying, kernel: str, x: Tensor, stored: Stored) -> tuple[LowRankBranch | None, Prepared]:
-        """(this layer's branch, as wide as all siblings'; the input, quantized by the first of them)."""
+    def serve(self, layer: Carrying, kernel: str, x: Tensor, stored: Stored,
+              given: Tensor) -> tuple[LowRankBranch | None, Prepared | None]:  # fmt: skip
+        """(this layer's branch, as wide as all siblings'; the input, quantized by the first of them).
+
+        Inside a compiled graph every layer quantizes for itself: what is kept from call to call would break it.
+        """
         layers = [member() for member in self._layers]
-        self._enter(layer, x)
         branch = self._branch(layers, layer, x, stored)
+        if torch.compiler.is_compiling():
+            return branch, None
+        self._enter(layer, given)
         key = kernel, stored.group, stored.extension, branch is not None and branch.extended is not None
         if key not in self._prepared:
             self._prepare_both(layers, layer, key, x, stored, branch)

@@ -24,9 +24,15 @@ class Loading:
     speed: str = "auto"
     room: bool = True
     device: str = "cpu"  # where transcoding computes
+    text_encoder: bool = False
     cache: Cache | None = None
     plans: dict[str, tuple[str, Plan]] = field(default_factory=dict)  # layer -> (label of the file's format, plan)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer -> (distance, added error)
+
+    @property
+    def inputs(self) -> torch.dtype | None:
+        """What kernels get instead of a text encoder's fp32 activations; None: those. fp16 would overflow in some."""
+        return torch.bfloat16 if self.text_encoder and self.facts.type != "cpu" else None
 
     def plan(self, format: Format, shape: tuple[int, int]) -> Plan:
         return dispatch.plan(format, self.facts, self.speed, shape, self.room)

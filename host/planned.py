@@ -67,7 +67,7 @@ class Planned(Carrying):
         self.tessera_plan, self._code_max = plan, plan.code_max
         # what the host's own forward does, where it has to run: decode, unless its kernel is the plan
         native = plan.kernel == dispatch.HOST and plan.path != dispatch.DECODE
-        self._full_precision_mm = self._full_precision_mm or not native
+        self._full_precision_mm = not native
         self.tessera_loading.plans[prefix.rstrip(".")] = (format.label, plan)
 
     def _transcode(self, state_dict, prefix: str, format: Format, plan: Plan) -> Plan:
@@ -87,23 +87,39 @@ class Planned(Carrying):
         self.tessera_format = made.format
         return plan
 
+    @property
+    def comfy_force_cast_weights(self) -> bool:
+        """The host sets it on every text encoder, to get fp32 outputs: those it gets from our kernels, too."""
+        return vars(self).get("_tessera_forced", False) and not self.tessera_loading.text_encoder
+
+    @comfy_force_cast_weights.setter
+    def comfy_force_cast_weights(self, forced: bool) -> None:
+        vars(self)["_tessera_forced"] = forced
+
     # Running
 
     def forward(self, input, *args, **kwargs):
         if not self._plan_runs(input):
             return self._host_forward(linear.dense(input), *args, **kwargs)
         comfy.ops.run_every_op()
-        x, scale = input, getattr(self, "pre_quant_scale", None)
+        given, scale = input, getattr(self, "pre_quant_scale", None)
+        input = x = self._taken(given)
         if scale is not None:
             input = linear.dense(input)
-            x = input * comfy.model_management.cast_to_device(scale, input.device, input.dtype)
+            scale = comfy.model_management.cast_to_device(scale, given.device, given.dtype)
+            x = self._taken(linear.dense(given) * scale)
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype, offloadable=True,
-            compute_dtype=input.dtype, want_requant=True,
+            compute_dtype=given.dtype, want_requant=True,
         )  # fmt: skip
-        y = self._multiply(x, input, weight, bias)
+        y = self._multiply(x, input, weight, bias, given)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return y
+        return y.to(given.dtype)
+
+    def _taken(self, input: Tensor | Gated) -> Tensor | Gated:
+        """The input in the dtype that kernels take."""
+        dtype = self.tessera_loading.inputs
+        return input if dtype is None or input.dtype == dtype else linear.dense(input).to(dtype)
 
     def _plan_runs(self, input: Tensor | Gated) -> bool:
         return (
@@ -112,30 +128,33 @@ class Planned(Carrying):
             and isinstance(self.weight, comfy.quant_ops.QuantizedTensor)
             and not isinstance(input, comfy.quant_ops.QuantizedTensor)
             and not input.requires_grad
-            and not getattr(self, "comfy_force_cast_weights", False)
+            and not self.comfy_force_cast_weights
             and not self.weight_function
             and not self.bias_function
         )
 
     def _host_forward(self, input, *args, **kwargs):
-        y = super().forward(input, *args, **kwargs)
-        if self.tessera_plan is not None:
-            native = self.tessera_plan.kernel == dispatch.HOST and not self._full_precision_mm
+        plan = self.tessera_plan
+        native = plan is not None and plan.kernel == dispatch.HOST and not self._full_precision_mm
+        y = super().forward(self._taken(input) if native else input, *args, **kwargs).to(input.dtype)
+        if plan is not None:
             self._count("host" if native else "host, decoded")
         return self.added(y, input, self.tessera_branches)
 
-    def _multiply(self, x: Tensor | Gated, input: Tensor | Gated, weight, bias: Tensor | None) -> Tensor:
-        """The product of x, and the branches of `input`: the same, but for smoothing."""
+    def _multiply(self, x: Tensor | Gated, input: Tensor | Gated, weight, bias: Tensor | None,
+                  given: Tensor | Gated) -> Tensor:  # fmt: skip
+        """The product of x, and the branches of `input`: the same, but for smoothing; siblings share what was given."""
         if not isinstance(weight, comfy.quant_ops.QuantizedTensor):  # the host has merged a LoRA while casting
             self._count("host, decoded")
             input = linear.dense(input)
-            return self.added(torch.nn.functional.linear(linear.dense(x), weight, bias), input, self.tessera_branches)
+            y = torch.nn.functional.linear(linear.dense(x), weight.to(x.dtype), bias)
+            return self.added(y, input, self.tessera_branches)
         kernel, stored = self.tessera_plan.kernel, self._stored(weight, x)
         self._count(kernel)
         if x is not input:  # a branch sees the input as it is, before smoothing
             y = linear.run(kernel, x, stored, bias)
             return self.added(y, input, self.tessera_branches)
-        branch, prepared, beside = self.joined(kernel, x, stored)
+        branch, prepared, beside = self.joined(kernel, x, stored, given)
         y = linear.run(kernel, x, stored, bias, branch, prepared)
         return self.added(y, linear.dense(x), beside) if beside else y
 
