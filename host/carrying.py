@@ -17,11 +17,12 @@ from ..kernels.dispatch import Plan
 from ..kernels.linear import Gated, LowRankBranch, Prepared, Stored
 from ..kernels.ops import PADS
 from ..kernels.reference import round_up
-from . import fp8_row
+from . import layouts
 
 KINDS = {
     "TensorCoreNVFP4Layout": "nvfp4", "TensorCoreMXFP8Layout": "mxfp8", "TensorWiseINT8Layout": "int8",
-    "TensorCoreFP8E4M3Layout": "fp8", "TensorCoreFP8E5M2Layout": "fp8", fp8_row.LAYOUT: "fp8_row",
+    "TensorCoreFP8E4M3Layout": "fp8", "TensorCoreFP8E5M2Layout": "fp8",
+    layouts.FP8_ROW: "fp8_row", layouts.INT8: "int8",
 }  # fmt: skip
 EXTENDED = ("nvfp4", "mxfp8", "fp8_row")  # kernels that take branches in reserved columns of the weight
 CPU = torch.device("cpu")

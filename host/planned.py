@@ -21,7 +21,7 @@ from ..kernels import dispatch, linear
 from ..kernels.dispatch import Plan
 from ..kernels.linear import Gated, Stored
 from ..quantization.lowrank import LowRank
-from . import fp8_row
+from . import layouts
 from .carrying import EXTENDED, KINDS, Carrying
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Planned(Carrying):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if plan is None:
             return
-        if plan.target == "fp8_row":
-            fp8_row.adopt(self)
+        if plan.path == dispatch.TRANSCODE:
+            layouts.adopt(self, plan.target)
         if plan.kernel in EXTENDED:
             self.reserve(plan.kernel, 0 if self.tessera_branch is None else self.tessera_branch.rank)
         self.tessera_plan, self._code_max = plan, plan.code_max

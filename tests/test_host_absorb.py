@@ -39,6 +39,10 @@ def decoded(file):
     return stock("decoded.safetensors")
 
 
+NEAR = {"exact": 1e-3, "auto": 0.03}
+"""How near a layer is to its weight: decoded, or with codes and inputs in int8, as a CPU multiplies it."""
+
+
 def ours(name=NAME, **inputs):
     return node("TesseraDiffusionModelLoader").execute(name, **inputs).args[0]
 
@@ -74,11 +78,11 @@ def hooks(model):
     return sum(len(m._forward_hooks) for m in model.model.modules())
 
 
-def holds(model, file, layer=NVFP4):
+def holds(model, file, layer=NVFP4, speed="auto"):
     """Whether the layer is the whole weight: decode(codes) alone is far from it."""
     x, output = forward(model, layer)
     whole, alone = (x @ file.weight(layer, absorbed=absorbed).T for absorbed in (True, False))
-    return relative(output, whole) < 1e-3 < relative(output, alone)
+    return relative(output, whole) < NEAR[speed] and relative(output, alone) > 1.5 * relative(output, whole)
 
 
 # ---- what is computed
@@ -86,13 +90,13 @@ def holds(model, file, layer=NVFP4):
 
 @pytest.mark.parametrize("speed", ["auto", "exact"])
 def test_sampling_equals_the_decoded_weights(decoded, speed):
-    assert relative(sample(ours(speed=speed)), sample(decoded)) < 5e-3  # int8's kernel rounds activations
+    assert relative(sample(ours(speed=speed)), sample(decoded)) < {"exact": 5e-3, "auto": 0.02}[speed]
 
 
 @pytest.mark.parametrize("speed", ["auto", "exact"])
 @pytest.mark.parametrize("layer", [NVFP4, MXFP8, SMOOTHED])
 def test_each_layer_is_its_codes_and_its_branch(file, layer, speed):
-    assert holds(ours(speed=speed), file, layer)
+    assert holds(ours(speed=speed), file, layer, speed)
 
 
 def test_the_whole_weight_is_nearer_to_the_original_than_the_codes_alone(file):
@@ -297,7 +301,9 @@ def test_pre_quant_scale_is_applied_once_by_every_loader(plain_layer, models, dt
     entries, layer = file.entries(file.layers[NVFP4]), file.layers[NVFP4]
     weight = layer.format.decode(layer.format.unpack(entries, *layer.shape)) * SCALE
     assert torch.equal(file.weight(NVFP4), weight)
-    for model in (ours(name), ours(name, speed="exact"), stock(name)):
+    x, output = forward(ours(name), NVFP4)  # transcoded: folded back
+    assert relative(output, x @ weight.T) < NEAR["auto"]
+    for model in (ours(name, speed="exact"), stock(name)):
         x, output = forward(model, NVFP4)
         assert relative(output, x @ weight.T) < 1e-5
         assert model.model.get_submodule(f"diffusion_model.{NVFP4}").pre_quant_scale.dtype == dtype  # kept as written
@@ -306,8 +312,8 @@ def test_pre_quant_scale_is_applied_once_by_every_loader(plain_layer, models, dt
 
 
 def test_the_branch_sees_the_input_before_the_smoothing(file):
-    assert holds(ours(), file, SMOOTHED)
-    x, output = forward(ours(), SMOOTHED)
+    assert holds(ours(speed="exact"), file, SMOOTHED, "exact")
+    x, output = forward(ours(speed="exact"), SMOOTHED)
     wrong = x @ file.weight(SMOOTHED, absorbed=False).T + (x * (torch.arange(256) % 4 - 2.0).exp2()) @ (
         file.branch(SMOOTHED).weight().T
     )
@@ -328,7 +334,7 @@ def test_input_scale_loads_and_changes_nothing_where_activations_stay_exact(plai
     name = plain_layer("static.safetensors", "nvfp4", input_scale=torch.tensor(0.002))
     plain = plain_layer("dynamic.safetensors", "nvfp4")
     with caplog.at_level(logging.WARNING):
-        for load in (ours, stock):
+        for load in (lambda name: ours(name, speed="exact"), stock):
             assert load(name).model.get_submodule(f"diffusion_model.{NVFP4}").input_scale.shape == ()
             assert torch.equal(forward(load(name), NVFP4)[1], forward(load(plain), NVFP4)[1])
     assert "unexpected" not in caplog.text

@@ -366,3 +366,15 @@ def test_inspect_leaves_models_of_other_loaders_alone_with_a_hint(tiny):
     stock = nodes.UNETLoader().load_unet(tiny["model"], "default")[0]
     assert "28 quantized layers from another loader" in node("TesseraInspect").execute(stock).ui["text"][0]
     assert node("TesseraInspect").execute(ours(tiny["bf16"])).ui["text"] == ["no quantized layers"]
+
+
+def test_the_hosts_fused_linear_calls_transcoded_layers_with_their_branch(models, tiny):
+    """`linear_input_act` multiplies int8 layers past their forward: what was made int8 by us must not be among them."""
+    import comfy.ops
+
+    corrected = loaded(node("TesseraCorrectionLoRA").execute(ours(tiny["model"]), tiny["lora"], 1.0).args[0])
+    layer, x = layer_of(corrected), inputs(2, 40)
+    assert layer.tessera_plan.target.startswith("int8") and layer.tessera_branches
+    wanted = layer(torch.nn.functional.gelu(x, approximate="tanh"))
+    assert torch.equal(comfy.ops.linear_input_act(layer, x, "gelu_tanh"), wanted)
+    corrected.detach()

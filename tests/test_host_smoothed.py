@@ -41,8 +41,9 @@ def effect(models):
     return up @ down
 
 
-def ours(name):
-    return node("TesseraDiffusionModelLoader").execute(name).args[0]
+def ours(name, speed="exact"):
+    """Smoothed layers as they are stored; `auto` transcodes them on a CPU, without smoothing."""
+    return node("TesseraDiffusionModelLoader").execute(name, speed=speed).args[0]
 
 
 def with_lora(model, strength=1.0, name=LORA):
@@ -146,6 +147,15 @@ def change(run, name, x, delta):
 def test_an_unmerged_lora_has_its_whole_effect(run, name, effect):
     error, gain = change(run, name, inputs(name), effect)
     assert error < 1e-5 and abs(gain - 1) < 1e-5
+
+
+@pytest.mark.parametrize("run", [offloaded, partly_unloaded, merged])
+@pytest.mark.parametrize("name", [SMOOTHED, ABSORBED])
+def test_a_transcoded_layer_is_no_longer_smoothed_and_loras_have_their_effect(run, name, effect):
+    model, x = ours(name, "auto"), inputs(name)
+    assert not hasattr(layer_of(model), "pre_quant_scale") and layer_of(model).tessera_plan.path == "transcode"
+    added = run(with_lora(model), x) - run(model, x)
+    assert relative(added, x @ effect.T) < 0.03
 
 
 @pytest.mark.parametrize("run", REQUANTIZED)
