@@ -117,7 +117,8 @@ def _quantized_inputs(patcher, survey: Survey, wish: str) -> set[str]:
     if wish != "auto":
         return set(found) if wish == "on" else set()
     facts = dispatch.read_facts(patcher.load_device)
-    return {word for word, format in found.items() if dispatch.plan(format, facts).path == dispatch.NATIVE}
+    plans = {word: dispatch.plan(format, facts) for word, format in found.items()}
+    return {word for word, plan in plans.items() if plan.path == dispatch.NATIVE and plan.input_error}
 
 
 @dataclass(frozen=True)

@@ -167,11 +167,12 @@ def variants(names):
 
     load = node("TesseraDiffusionModelLoader").execute
     quantized = load(names["model"]).args[0]
+    as_stored = load(names["model"], speed="exact").args[0]  # a CPU keeps 4-bit layers in 8 bits, which merge well
 
     def correct(strength):
         return node("TesseraCorrectionLoRA").execute(quantized, names["lora"], strength).args[0]
 
-    merged = nodes.LoraLoaderModelOnly().load_lora_model_only(quantized, names["lora"], 1.0)[0]
+    merged = nodes.LoraLoaderModelOnly().load_lora_model_only(as_stored, names["lora"], 1.0)[0]
     models = {"0": quantized, "0.5": correct(0.5), "1": correct(1.0), "merged": merged}
     return load(names["bf16"]).args[0], models
 

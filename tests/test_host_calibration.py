@@ -346,7 +346,7 @@ def test_text_encoder_is_recorded_while_it_encodes_the_same(clip, encoder):  # n
 
 def test_text_encoders_calibration_is_saved_after_its_conditioning(clip):
     recording, recorder = node("TesseraCalibrateCLIP").execute(clip).args
-    conditioning = recording.encode_from_tokens_scheduled(recording.tokenize(TEXT))
+    conditioning = encode(recording)
     _, name = node("TesseraSaveCalibration").execute(recorder, conditioning, "encoder").args
     (loaded,) = node("TesseraLoadCalibration").execute(name).args
     assert loaded.digest() == recorder.calibration().digest()

@@ -145,8 +145,9 @@ def test_strength_runs_again_only_from_the_correction_on(host, first):
 
 def test_log_has_one_plan_line_per_format_and_load(host, first):
     lines = [line for line in host.log.splitlines() if "Tessera: whole.safetensors:" in line]
-    assert len(lines) == 2
-    assert any("15 mxfp8: decode" in line for line in lines) and any("13 nvfp4: decode" in line for line in lines)
+    assert len(lines) == 3 and sum("transcoded 28 layers: weights moved by at most" in line for line in lines) == 1
+    for counted in ("15 mxfp8", "13 nvfp4"):
+        assert any(f"{counted}: transcode to int8_convrot_256" in line for line in lines)
     assert "IMPORT FAILED" not in host.log
 
 

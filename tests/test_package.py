@@ -111,8 +111,8 @@ def test_version_is_the_same_everywhere():
 
 def test_every_package_listed_exists_and_every_package_is_listed():
     assert all((folder / "__init__.py").is_file() for folder in PACKAGES.values())
-    found = {path.parent for path in ROOT.glob("*/__init__.py")} | {ROOT}
-    assert set(PACKAGES.values()) == {folder for folder in found if folder.name != "tests"}
+    found = {path.parent for pattern in ("*", "*/*") for path in ROOT.glob(f"{pattern}/__init__.py")} | {ROOT}
+    assert set(PACKAGES.values()) == {folder for folder in found if "tests" not in folder.parts}
     assert PROJECT["tool"]["setuptools"]["package-dir"] == {"tessera": "."}
 
 
