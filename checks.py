@@ -70,7 +70,8 @@ def of_layers(source: Source, formats: Mapping[str, Format]) -> list[str]:
         blocked = format.name in ("nvfp4", "mxfp8") and EMBEDDINGS.search(name)
         if packed or blocked:
             why = "ComfyUI knows models by this shape" if packed else "ComfyUI looks embeddings up by row"
-            warnings.append(f"{name}: {format.label}, but {why}: Tessera's loader decodes it, the stock loader may "
+            does = "decodes it" if packed else "takes it"
+            warnings.append(f"{name}: {format.label}, but {why}: Tessera's loader {does}, the stock loader may "
                             "fail on the file; keep this layer")  # fmt: skip
     again = [name for name in formats if source.quantized(name)]
     if again:

@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import formats
 from .checkpoint import Checkpoint
 from .formats import Entries, Format, TensorSpec
-from .formats.base import chunk_rows
+from .formats.base import join
 from .formats.fp8 import FP8Row
 from .formats.int8 import INT8
+from .kernels import cpu
+from .kernels import reference as ref
 from .kernels.dispatch import Plan
-from .quantization.metrics import relative_error
 from .writer import Writer
 
 ROUNDING = {"nvfp4": 0.095, "mxfp8": 0.0265, "float8_e4m3fn": 0.0265, "float8_e5m2": 0.053}
 """Relative weight error of a format itself, Gaussian weights (algorithms.md): what transcoding adds to, in squares."""
 
+ROWS = 512  # at once: their passes stay in cache, and whole tiles of block scales
 VERSION = 1  # of the arithmetic; other numbers never meet an older cache
 METADATA = "tessera_transcoded"
 STORED = {"weight": "qdata", "weight_scale": "scale"}  # names in a cache: no reader shall take it for a checkpoint
@@ -46,31 +49,57 @@ def target_format(plan: Plan, in_features: int) -> Format:
 
 
 def transcode(format: Format, entries: Entries, shape: tuple[int, int], plan: Plan, device: str = "cpu") -> Transcoded:
-    """The layer [out, in] as the plan wants it, on the CPU; the arithmetic runs on `device`.
+    """The layer [out, in] as the plan wants it, on the CPU; the arithmetic runs on `device`, some rows at a time.
 
     Raises ValueError if the entries do not fit the shape, or hold scales that are no numbers.
     """
     target = target_format(plan, shape[1])
-    stored = {suffix: entries[suffix].to(device) for suffix in format.storage(*shape) if suffix in entries}
-    source = format.unpack(stored, *shape)
-    weight = format.decode(source)
-    if not torch.isfinite(weight).all():
-        raise ValueError("its scales hold no numbers; make the file again from the original")
+    stored = {suffix: tensor.to(device) for suffix, tensor in format.check(entries, *shape).items()}
     smoothing = entries.get("pre_quant_scale")
-    if smoothing is not None:  # folded back: rotation does for int8 what smoothing did for nvfp4
-        weight.mul_(smoothing.to(device).float())
-    made = _int8(target, weight, plan.code_max) if isinstance(target, INT8) else target.encode(weight)
-    distance = relative_error(target.decode(made), weight)
-    own = ROUNDING.get(format.name, 0.0)
-    packed = {suffix: tensor.cpu() for suffix, tensor in target.pack(made).items()}
+    decode = cpu.decode_rows if torch.device(device).type == "cpu" else ref.decode_rows
+    pieces, moved, length = [], 0.0, 0.0
+    for first in range(0, shape[0], ROWS):
+        rows = slice(first, min(first + ROWS, shape[0]))
+        weight = decode(*_operand(format, stored), rows, shape[1])
+        if smoothing is not None:  # folded back: rotation does for int8 what smoothing did for nvfp4
+            weight = weight * smoothing.to(device).float()
+        made, distance, norm = _rows(target, weight, plan.code_max)
+        pieces.append(made)
+        moved, length = moved + distance, length + norm
+    if not math.isfinite(moved + length):
+        raise ValueError("its scales hold no numbers; make the file again from the original")
+    packed = {suffix: tensor.cpu() for suffix, tensor in target.pack(join(pieces)).items()}
+    distance, own = math.sqrt(moved / length) if length else 0.0, ROUNDING.get(format.name, 0.0)
     return Transcoded(target, packed, distance, math.hypot(own, distance) - own)
 
 
-def _int8(target: INT8, weight: torch.Tensor, code_max: int) -> formats.Quantized:
-    """Row scales amax / code_max; 64 where the device's int8 sums would overflow with larger codes."""
-    rotated = torch.cat([target.rotate(rows) for rows in weight.split(chunk_rows(weight.shape[1]))])
-    scale = (rotated.abs().amax(1, keepdim=True) / code_max).clamp(min=1e-30)
-    return target.encode_with(rotated, scale)
+def _operand(format: Format, stored: Entries) -> tuple[str, Tensor, Tensor, Tensor | None]:
+    """A layer's entries as `reference.decode_rows` takes them."""
+    if format.name == "nvfp4":
+        return "nvfp4", stored["weight"], stored["weight_scale_2"], stored["weight_scale"]
+    return "mxfp8" if format.name == "mxfp8" else "fp8", stored["weight"], stored["weight_scale"], None
+
+
+def _rows(target: Format, weight: Tensor, code_max: int) -> tuple[formats.Quantized, float, float]:
+    """(some rows in the target format, their squared distance from the weight's, the weight's squared norm).
+
+    Rotation is orthogonal: the distance is the same before and after. INT8 scales are amax / code_max: 64 where the
+    device's int8 sums would overflow with larger codes.
+    """
+    if not isinstance(target, INT8):
+        made = target.encode(weight)
+        return made, *_squares(target.decode(made).sub_(weight), weight)
+    rotated = cpu.rotate(weight, target.convrot_groupsize)
+    amax = torch.maximum(rotated.amax(1, keepdim=True), rotated.amin(1, keepdim=True).neg_())
+    scale = (amax / code_max).clamp_(min=1e-30)
+    codes = torch.div(rotated, scale).round_()
+    made = formats.Quantized(codes.to(torch.int8), scale)
+    return made, *_squares(codes.mul_(scale).sub_(rotated), rotated)
+
+
+def _squares(*tensors: Tensor) -> list[float]:
+    """Sums of squares. [rows, in] of a few rows: small enough for fp32."""
+    return [torch.linalg.vector_norm(tensor).item() ** 2 for tensor in tensors]
 
 
 def digest(entries: Entries, plan: Plan) -> str:

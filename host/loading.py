@@ -218,11 +218,19 @@ def _attach_own(file: Checkpoint, patcher, expected: int, text_encoder: bool = F
 
 def _announce(file: Checkpoint, patcher, loading: Loading) -> None:
     if loading.cache is not None:
-        loading.cache.save()
+        _keep(loading.cache)
         loading.cache = None  # and with it the tensors it holds
     patcher.set_attachments(PLANS, loading)
     for line in (*plan_lines(patcher), *(f"repaired: {r}" for r in file.repairs)):
         log.info("Tessera: %s: %s", file.name, line)
+
+
+def _keep(cache: Cache) -> None:
+    """Saves transcoded layers for the next start; the model is loaded either way."""
+    try:
+        cache.save()
+    except (ValueError, OSError) as problem:  # no space, no permission
+        log.warning("Tessera: transcoded layers are not kept for the next start: %s", problem)
 
 
 def plan_lines(patcher) -> list[str]:

@@ -29,10 +29,13 @@ class Loading:
     plans: dict[str, tuple[str, Plan]] = field(default_factory=dict)  # layer -> (label of the file's format, plan)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer -> (distance, added error)
 
-    @property
-    def inputs(self) -> torch.dtype | None:
-        """What kernels get instead of a text encoder's fp32 activations; None: those. fp16 would overflow in some."""
-        return torch.bfloat16 if self.text_encoder and self.facts.type != "cpu" else None
+    def taken(self, kernel: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that a kernel gets inputs in: off the CPU 16 bits, as tensor cores take them. Text encoders, which
+        the host computes in fp32, get bf16 by its own kernels too: fp16 would overflow in some."""
+        exact = kernel == dispatch.HOST and not self.text_encoder
+        if self.facts.type == "cpu" or dtype != torch.float32 or exact or kernel == "decode":
+            return dtype
+        return torch.bfloat16
 
     def plan(self, format: Format, shape: tuple[int, int]) -> Plan:
         return dispatch.plan(format, self.facts, self.speed, shape, self.room)

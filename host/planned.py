@@ -118,8 +118,8 @@ class Planned(Carrying):
 
     def _taken(self, input: Tensor | Gated) -> Tensor | Gated:
         """The input in the dtype that kernels take."""
-        dtype = self.tessera_loading.inputs
-        return input if dtype is None or input.dtype == dtype else linear.dense(input).to(dtype)
+        dtype = self.tessera_loading.taken(self.tessera_plan.kernel, input.dtype)
+        return input if input.dtype == dtype else linear.dense(input).to(dtype)
 
     def _plan_runs(self, input: Tensor | Gated) -> bool:
         return (

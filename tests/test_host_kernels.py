@@ -110,7 +110,7 @@ def test_each_plan_multiplies_as_promised_with_a_reference_in_place_of_cuda(devi
         y = layer(x)
         assert y.shape == (*x.shape[:-1], 768) and y.dtype == x.dtype and torch.isfinite(y).all()
         if x.numel():
-            assert relative(y, expected(layer, x, weight)) < 5e-3, layer.tessera_plan
+            assert relative(y, expected(layer, x, weight)) < 8e-3, layer.tessera_plan  # a GPU's kernels get 16 bits
     assert set(layer.tessera_runs) == {layer.tessera_plan.kernel} and layer.tessera_runs.total() == 4
 
 
@@ -212,6 +212,18 @@ def test_a_cache_of_transcoded_layers_gives_the_same_model_and_is_checked(models
     made.clear()
     ours(path.name, cache=True)
     assert not made
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_next_start(models, tiny, monkeypatch, caplog):
+    from tessera import transcode
+
+    def full(self):
+        raise ValueError("needs 1.00 GB on that disk, which has less; free some space")
+
+    monkeypatch.setattr(transcode.Cache, "save", full)
+    shutil.copy(models / "diffusion_models" / tiny["model"], models / "diffusion_models" / "uncached.safetensors")
+    assert torch.isfinite(sample(ours("uncached.safetensors", cache=True), steps=1)).all()
+    assert "transcoded layers are not kept for the next start: needs 1.00 GB" in caplog.text
 
 
 def test_a_stock_lora_merged_into_a_transcoded_layer_stays_right_without_vnni(models, tiny, device):
