@@ -162,8 +162,10 @@ def measure(reference, models, pairs):
 
 
 def variants(names):
-    """(bf16 model, {name: model}): quantized, corrected at 0.5 and 1, and the LoRA merged by core's own loader, with the
-    file's own numbers; and corrected at 1 as this device runs it fastest, transcoded where it must."""
+    """(bf16 model, {name: model}): quantized, corrected at 0.5 and 1, and the LoRA merged by core's own loader.
+
+    All with the file's own numbers; "1, auto" as this device runs it fastest, transcoded where it must.
+    """
     import nodes
 
     load = node("TesseraDiffusionModelLoader").execute
