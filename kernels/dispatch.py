@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .facts import SINGLE, DeviceFacts, read_facts
+from .reference import ROTATED_GROUPS
 
 if TYPE_CHECKING:
     from ..formats import Format
@@ -20,7 +21,6 @@ SPEEDS = ("auto", "exact")
 
 HOST = "host"  # ComfyUI's own op: comfy-kitchen or torch picks
 INT8_BOUND, FP8_BOUND = 0.010, 1e-4  # most that transcoding may add to a layer's relative weight error
-FUSED_GROUPS = (0, 4, 16, 64, 256)  # that our Triton quantizer rotates
 CU130 = "install torch from the cu130 index"
 
 # Rounding of inputs: relative error on activations with outlier channels (kernels.md 2)
@@ -154,7 +154,7 @@ def _int8_kernel(facts: DeviceFacts, group: int) -> tuple[str, str]:
             return "int8", f"comfy-kitchen int8 ({serves}) on {where}"
         return "", f"comfy-kitchen's int8 is not fast on {where}"
     kitchen = facts.sm >= (7, 5) and facts.cuda is not None and facts.cuda >= (13, 0) and "cuda" in facts.backends
-    fused = facts.fuses and facts.sm >= (8, 0) and facts.dtype != SINGLE and group in FUSED_GROUPS
+    fused = facts.fuses and facts.sm >= (8, 0) and facts.dtype != SINGLE and group in ROTATED_GROUPS
     if kitchen and (group in (0, 256) or not fused):
         return ("int8_residual" if facts.residual else "int8"), f"comfy-kitchen int8 on {where}"
     if fused:

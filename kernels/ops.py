@@ -14,7 +14,6 @@ from . import cpu
 from . import reference as ref
 
 MAX_RANK = 256  # of a branch that our kernels take into their own sweep or epilogue
-ROTATED = (0, 4, 16, 64, 256)  # ConvRot groups that our kernels rotate
 PADS = {"nvfp4": (16, 16), "mxfp8": (32, 32), "fp8_row": (1, 1)}  # of rows and columns, in an operand
 
 
@@ -127,7 +126,7 @@ def _(x, kind, qdata, scale, block_scale, n, bias, t, up):
 def dequantize(kind: str, qdata: Tensor, scale: Tensor, block_scale: Tensor | None, n: int, k: int, group: int,
                dtype: torch.dtype) -> Tensor:  # fmt: skip
     """The weight [n, k] that the codes stand for, in dtype."""
-    if qdata.is_cuda and _has_triton() and group in ROTATED:
+    if qdata.is_cuda and _has_triton() and group in ref.ROTATED_GROUPS:
         kernels = _gpu("dequantize")
         if kind == "nvfp4":
             return kernels.dequantize_nvfp4(qdata, block_scale, scale, n, k, dtype)

@@ -12,6 +12,8 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E5M2_MAX = 57344.0
 E8M0_BIAS = 127
+ROTATED_GROUPS = (0, 4, 16, 64, 256)
+"""ConvRot groups that our GPU kernels rotate; 0 is none. The reference takes any power of 4."""
 
 # Upper edge of each code's interval. nextafter makes a tie go to the even code: 0.25 -> 0, 0.75 -> code 2, 2.5 -> 4.
 _E2M1_EDGES = torch.tensor((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))

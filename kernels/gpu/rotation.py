@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..reference import ROTATED_GROUPS as GROUPS
 from .bits import bits_float, float_bits
 from .tiles import INTERPRETED
 
-GROUPS = (0, 4, 16, 64, 256)
 SPAN = 256  # columns that are rotated together
 
 
