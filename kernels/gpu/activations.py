@@ -15,10 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference import round_up
+from ..reference import ROTATED_GROUPS, round_up
 from .quantize_blocks import block_quantize_kernel
 from .quantize_int8 import int8_quantize_kernel
-from .rotation import GROUPS
 
 MAX_RANK = 256
 ROWS = 32
@@ -88,8 +87,10 @@ def swiglu_quantize_mxfp8(gate: Tensor, up: Tensor, down: Tensor | None = None, 
 def _int8(x, up, group, down, s):
     _check(x, up, down, s)
     (m, k), device = x.shape, x.device
-    if group not in GROUPS:
-        raise ValueError(f"convrot group {group}: the kernel rotates groups of {', '.join(map(str, GROUPS))} (0: none)")
+    if group not in ROTATED_GROUPS:
+        raise ValueError(
+            f"convrot group {group}: the kernel rotates groups of {', '.join(map(str, ROTATED_GROUPS))} (0: none)"
+        )
     if group and k % group:
         raise ValueError(f"in_features {k} is not a multiple of the ConvRot group {group}")
     q = _empty(m, k, dtype=torch.int8, device=device)

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import ROTATED_GROUPS
 from .activations import on_device
 from .bits import e2m1_decode, e4m3_decode, e8m0_decode
-from .rotation import GROUPS, hadamard, rotate_span, rotation_norm
+from .rotation import hadamard, rotate_span, rotation_norm
 from .tiles import swizzled
 
 ROWS, COLUMNS = 16, 256
@@ -46,8 +47,10 @@ def dequantize_mxfp8(qdata: Tensor, block_scale: Tensor, rows: int, columns: int
 def dequantize_int8(qdata: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """[rows, columns] of int8 codes and scales ([rows, 1] or []), rotated back in groups (0: not rotated)."""
     (rows, columns), y = qdata.shape, _empty(*qdata.shape, dtype=dtype, device=qdata.device)
-    if group not in GROUPS:
-        raise ValueError(f"convrot group {group}: the kernel rotates groups of {', '.join(map(str, GROUPS))} (0: none)")
+    if group not in ROTATED_GROUPS:
+        raise ValueError(
+            f"convrot group {group}: the kernel rotates groups of {', '.join(map(str, ROTATED_GROUPS))} (0: none)"
+        )
     if y.numel():
         with on_device(qdata):
             int8_dequantize_kernel[_grid(rows, columns)](

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..reference import ROTATED_GROUPS as GROUPS
 from .bits import bits_float, float_bits
 from .tiles import INTERPRETED
 
