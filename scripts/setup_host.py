@@ -304,12 +304,13 @@ def install_templates(python, lines):
 def add_triton(python):
     """Triton, with which the tests compile kernels for GPUs that are not there. Users and the demo need none of it.
 
-    A GPU build of torch has brought the Triton it was tested with, which stays. One without a file list was cut off
-    half-way: pip would take it for installed.
+    One version, as what it compiles is compared; where there is a GPU to run them, torch's own stays. One without a
+    file list was cut off half-way: pip would take it for installed.
     """
     code = "import importlib.metadata as m; print(*[d.version for d in m.distributions(name='triton') if d.files])"
     found = run([python, "-c", code], "a look for triton").strip()
-    if found == TRITON.split("==")[1] or (found and torch_facts(python)["gpu"]):
+    wanted = found == TRITON.split("==")[1]
+    if wanted or (found and run([python, "-c", "import torch; print(torch.cuda.is_available())"], "torch") == "True\n"):
         return
     install(python, "--no-deps", *([] if found else ["--ignore-installed"]), TRITON, what=TRITON)
 

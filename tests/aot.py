@@ -33,6 +33,17 @@ TENSOR_MEMORY = 512  # columns
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
+def foreign_triton():
+    """Why this Triton's output is not compared; empty where it is the one that scripts/setup_host.py installs."""
+    import torch
+    import triton
+
+    pinned = re.search(r'^TRITON = "triton==([\d.]+)"', (ROOT / "scripts" / "setup_host.py").read_text(), re.M)[1]
+    if triton.__version__ == pinned or not torch.cuda.is_available():
+        return ""
+    return f"expects what Triton {pinned} compiles, torch's own beside this GPU is {triton.__version__}"
+
+
 @functools.cache
 def cases():
     """Every case by its name."""

@@ -8,6 +8,9 @@ pytest.importorskip("triton", reason="Triton, which exists for Linux only, is no
 
 import aot
 
+if aot.foreign_triton():
+    pytest.skip(aot.foreign_triton(), allow_module_level=True)
+
 CASES = aot.selection()
 
 
