@@ -226,8 +226,10 @@ def block_product(kind: str, x: Tensor, x_scales: Tensor, sx: Tensor, weight: Te
         mine = (x, x_scales, sx) if kind == "nvfp4" else (x, x_scales)
         theirs = (weight, scales, sw) if kind == "nvfp4" else (weight, scales)
         return _finished(ref.packed_product(kind, mine, theirs)[:m, :n], bias, None, None, dtype)
-    if kind == "fp8_row":
-        return torch._scaled_mm(x, weight.T, x_scales, scales.reshape(1, -1), bias=bias, out_dtype=dtype)
+    if kind == "fp8_row":  # row scales: torch gives bf16 only
+        bias = None if bias is None else bias.bfloat16()
+        y = torch._scaled_mm(x, weight.T, x_scales, scales.reshape(1, -1), bias=bias, out_dtype=torch.bfloat16)
+        return y.to(dtype)
     import comfy_kitchen as ck
 
     bias = bias if bias is None or weight.shape[0] == n else torch.nn.functional.pad(bias, (0, weight.shape[0] - n))
