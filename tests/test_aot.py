@@ -14,7 +14,7 @@ if aot.foreign_triton():
 CASES = aot.selection()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def compiled(request):
     """Facts of the cases that this run asks for; two processes work ahead."""
     wanted = dict.fromkeys(
