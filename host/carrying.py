@@ -48,7 +48,7 @@ class Carrying:
     def attach_branch(self, item: Branch, side: SideBranch) -> Detach:
         """Adds a branch to the product, at the side's strength; the handle takes it out again."""
         pair = (item, side)
-        self.tessera_branches = [*self.tessera_branches, pair]
+        self.__dict__["tessera_branches"] = [*self.tessera_branches, pair]  # past nn.Module's slow __setattr__
         return Detach(self, pair)
 
     def whole(self) -> list[Pair]:
@@ -174,7 +174,7 @@ class Detach:
     def remove(self) -> None:
         layer = self._layer()
         if layer is not None:
-            layer.tessera_branches = [pair for pair in layer.tessera_branches if pair is not self._pair]
+            layer.__dict__["tessera_branches"] = [p for p in layer.tessera_branches if p is not self._pair]
 
 
 class Siblings:

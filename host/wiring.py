@@ -5,6 +5,7 @@ Reversible and per clone: everything is set at inject time and taken back at eje
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from ..kernels.linear import Gated
 from .carrying import Siblings
 from .planned import Planned
 
-KEY = "tessera.wiring"
+KEY, PLACES = "tessera.wiring", "_tessera_places"
 SIBLINGS = {  # class of the host's -> attributes that are called one after the other with the same input
     "comfy.ldm.lumina.model.FeedForward": ("w1", "w3"),
     "comfy.text_encoders.llama.MLP": ("gate_proj", "up_proj"),
@@ -33,17 +34,12 @@ class Wiring:
     def inject(self, patcher) -> None:
         self.eject(patcher)
         done = []
-        for module in patcher.model.modules():
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            layers = [getattr(module, name, None) for name in SIBLINGS.get(kind, ())]
-            if layers and all(isinstance(layer, Planned) and layer.tessera_plan for layer in layers):
-                siblings = Siblings(layers)
-                for layer in layers:
-                    layer.tessera_siblings = siblings
-                    done.append((layer, "tessera_siblings"))
-            method, name = GATES.get(kind, ("", ""))
-            target = getattr(module, name, None)
-            if isinstance(target, Planned) and target.tessera_plan and target.tessera_plan.kernel in GATING:
+        for siblings, module, method, target in _places(patcher.model):
+            shared = Siblings(siblings)
+            for layer in siblings:
+                layer.__dict__["tessera_siblings"] = shared
+                done.append((layer, "tessera_siblings"))
+            if target is not None:
                 setattr(module, method, _gate(module, method, target))
                 done.append((module, method))
         patcher.model.__dict__[KEY] = (weakref.ref(patcher), done)
@@ -55,10 +51,32 @@ class Wiring:
             return
         for module, name in done:
             if name == "tessera_siblings":
-                module.tessera_siblings = None
+                module.__dict__["tessera_siblings"] = None
             else:
                 module.__dict__.pop(name, None)  # the class's own method stands behind it
         patcher.model.__dict__.pop(KEY, None)
+
+
+def _places(model: torch.nn.Module) -> list[tuple[list[Planned], torch.nn.Module, str, Planned | None]]:
+    """(siblings, block, its gating method, the layer behind it) of a model, found once: plans do not change."""
+    if PLACES not in model.__dict__:
+        found = []
+        for module in model.modules():
+            kind = _kind(type(module))
+            layers = [getattr(module, name, None) for name in SIBLINGS.get(kind, ())]
+            layers = layers if all(isinstance(layer, Planned) and layer.tessera_plan for layer in layers) else []
+            method, name = GATES.get(kind, ("", ""))
+            target = getattr(module, name, None) if name else None
+            gates = isinstance(target, Planned) and target.tessera_plan and target.tessera_plan.kernel in GATING
+            if layers or gates:
+                found.append((layers, module, method, target if gates else None))
+        model.__dict__[PLACES] = found
+    return model.__dict__[PLACES]
+
+
+@functools.cache
+def _kind(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _gate(module: torch.nn.Module, method: str, target: Planned) -> Callable[[Tensor, Tensor], Tensor | Gated]:
