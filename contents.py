@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .checkpoint import ABSORB, BRANCH, LAYER_ERRORS, Checkpoint
 from .formats import Format, Plain, TensorSpec, marker
@@ -37,6 +38,7 @@ class Contents:
     reasons: Mapping[str, str]
     mode: str
     calibrated: frozenset[str] = frozenset()  # layers with statistics
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # goes into the LoRA as it is
 
     def shape(self, name: str) -> tuple[int, int]:
         rows, columns = self.source.shapes()[f"{name}.weight"]
@@ -84,7 +86,7 @@ class Contents:
 
     def lora_specs(self) -> dict[str, TensorSpec]:
         """Tensors that the LoRA may get."""
-        specs = {}
+        specs = {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in self.carried.items()}
         for name in self.formats:
             if self.rank(name):
                 up, down = self.factors(name)

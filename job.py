@@ -27,7 +27,7 @@ from .quantization.patterns import natural
 from .quantization.pipeline import Settings
 from .quantization.recipe import LayerMap, Recipe
 from .quantization.report import LayerReport, Report
-from .source import Digest, Source
+from .source import Baked, Digest, Source
 from .version import VERSION
 from .workers import Here, Result, Task
 from .writer import check_target
@@ -53,6 +53,7 @@ class Job:
     resume: bool = False  # go on where a killed run of this very job stopped
     workers: int = 1  # processes
     ray: str | None = None  # address of a Ray cluster that does the work
+    baked: Baked | None = None  # what the source's weights are besides its file
     layer_map: LayerMap = field(init=False)
     warnings: list[str] = field(init=False, default_factory=list)
 
@@ -74,7 +75,8 @@ class Job:
         checks.refuse_kept_legacy(self.source, self.contents.kept())
         self.warnings += checks.of_layers(self.source, self.formats())
         if self.calibration is not None:
-            checks.refuse_foreign(self.source, self._fingerprint, self.calibration)
+            if self.baked is None:  # else whoever put something into the weights knows whose statistics these are
+                checks.refuse_foreign(self.source, self._fingerprint, self.calibration)
             self.warnings += checks.of_statistics(self.formats(), self.calibration)
 
     def working_bytes(self) -> int:
@@ -91,7 +93,7 @@ class Job:
         """What will be written."""
         reasons = {name: choice.reason for name, choice in self.layer_map.items()}
         return Contents(self.source, self.target, self.lora, self.formats(), self._ranks(), reasons, self.settings.mode,
-                    frozenset(self._calibrated()))  # fmt: skip
+                    frozenset(self._calibrated()), self._carried)  # fmt: skip
 
     def run(self, progress: Callable[[Step], None] = lambda step: None) -> Report:
         """Writes and verifies model and LoRA, then gives both their names; an exception, from `progress` too, leaves
@@ -169,7 +171,7 @@ class Job:
                 yield name, next(results)
 
     def _task(self, name: str) -> Task:
-        rank, bias, path = self.contents.rank(name), self.contents.bias(name), self.source.path
+        rank, bias, path = self.contents.rank(name), self.contents.bias(name), self._readable
         settings = replace(self.settings, rank=rank, mode=self.settings.mode if rank else pipeline.CORRECTION)
         return Task(
             name, self.source.name, self.contents.formats[name], settings, pipeline.layer_seed(self.seed, name),
@@ -184,8 +186,17 @@ class Job:
         except ValueError as problem:
             raise ValueError(f"{self.source.name}: {name}: {problem}") from None
         dtype = self.source.tensors[self.contents.key(name, "weight")].dtype
-        stays = isinstance(self._crew, Here) or self.source.path is None or self.source.quantized(name)
+        stays = isinstance(self._crew, Here) or self._readable is None or self.source.quantized(name)
         return weight if stays or dtype not in (torch.bfloat16, torch.float16) else weight.to(dtype)
+
+    @property
+    def _readable(self) -> Path | None:
+        """The file that has the source's weights, for other processes to read."""
+        return None if self.baked else self.source.path
+
+    @property
+    def _carried(self) -> Mapping[str, torch.Tensor]:
+        return self.baked.carried if self.baked else {}
 
     def _ranks(self) -> dict[str, int]:
         """Of each layer's branch: its rule's, else the job's."""
@@ -226,7 +237,8 @@ class Job:
         source = {"name": self.source.name, "sha256": sha256}
         return {"version": VERSION, "recipe": recipe, "source": source, "seed": self.seed, **asdict(self.settings),
                 "rank": self._rank(), "calibration": self._calibration_digest,
-                "lora": self.lora.name if self.lora else None}  # fmt: skip
+                "lora": self.lora.name if self.lora else None,
+                **({"baked": dict(self.baked.said)} if self.baked else {})}  # fmt: skip
 
     def _rank(self) -> int:
         """The job's; 0 if no layer gets a branch."""
@@ -269,10 +281,10 @@ class Job:
         """Whether there is a correction LoRA, and where."""
         if is_text_encoder(self.source.shapes()) and self.settings.mode == pipeline.CORRECTION and self.settings.rank:
             self.warnings.append("text encoder: no correction LoRA is written, nothing can attach one to a CLIP yet")
-        wanted = self.settings.mode == pipeline.CORRECTION and any(
+        fitted = self.settings.mode == pipeline.CORRECTION and any(
             rank and not isinstance(self.formats()[name], Plain) for name, rank in self._ranks().items()
         )
-        self.lora = Path(self.lora or lora_path(self.target)) if wanted else None
+        self.lora = Path(self.lora or lora_path(self.target)) if fitted or self._carried else None
 
 
 def lora_path(target: Path) -> Path:

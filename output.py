@@ -96,6 +96,8 @@ class Output:
         for key in keys:
             if not self.model.has(key):
                 self.model.write(key, self._contents.source.read(key))
+        for key, tensor in self._contents.carried.items():
+            self.lora.write(key, tensor)
         return len(keys)
 
     def finish(self, rows: list[LayerReport], provenance: dict) -> None:
@@ -142,9 +144,9 @@ class Output:
         publish_verified(self._contents, self._journal, self.model.overwrite)
 
     def _branch(self, row: LayerReport) -> LowRank:
-        if self._branches:
-            return read_branch(self._branches, row.name)
-        return self._written.branch(row.name)
+        if self._contents.mode == ABSORB:
+            return self._written.branch(row.name)
+        return read_branch(self._branches, row.name)
 
     def _metadata(self, rows: list[LayerReport], provenance: dict) -> dict[str, str]:
         contents = self._contents
@@ -155,12 +157,24 @@ class Output:
         metadata = dict(source.metadata) | {
             QUANTIZATION_METADATA: json.dumps({"format_version": "1.0", "layers": records}),
             PROVENANCE: json.dumps(provenance),
-            LAYER_ERRORS: _numbers({row.name: (row.error, row.corrected_error) for row in rows}),
+            LAYER_ERRORS: _numbers(self._said(LAYER_ERRORS) | {r.name: (r.error, r.corrected_error) for r in rows}),
         }
-        if contents.calibrated:
-            outputs = {row.name: (row.output_error, row.corrected_output_error) for row in rows}
-            metadata[LAYER_OUTPUTS] = _numbers({name: pair for name, pair in outputs.items() if pair[0] is not None})
+        outputs = {r.name: (r.output_error, r.corrected_output_error) for r in rows if r.output_error is not None}
+        metadata[LAYER_OUTPUTS] = _numbers(self._said(LAYER_OUTPUTS) | outputs)
+        if metadata[LAYER_OUTPUTS] == _numbers({}):
+            del metadata[LAYER_OUTPUTS]
         return metadata | ({WARNING: ABSORB_WARNING} if contents.mode == ABSORB else {})
+
+    def _said(self, key: str) -> dict[str, list[float]]:
+        """What the source's metadata say of the errors of layers that stay quantized as they are."""
+        source = self._contents.source
+        try:
+            said = json.loads(source.metadata.get(key, "{}"))
+        except ValueError:
+            return {}  # other tools' files may use the key for something else
+        if not isinstance(said, dict):
+            return {}
+        return {n: e for n, e in said.items() if n not in self._contents.formats and source.quantized(n)}
 
 
 def publish_verified(contents: Contents, journal: Journal, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,15 @@ class Source(Protocol):
     def weight(self, name: str) -> Tensor: ...
     def quantized(self, name: str) -> bool: ...
     def records(self) -> dict[str, dict]: ...
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What a job makes of more than its source's file: what was put into the weights, and the pairs, by key in the
+    correction LoRA, of layers that stay as they are."""
+
+    said: Mapping[str, object]  # for the provenance
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Digest:
