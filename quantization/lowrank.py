@@ -10,6 +10,8 @@ from torch import Tensor
 from .moment import Moment
 
 OVERSAMPLING = 16
+FP16_LOSS = 2.0**-10  # relative; rounding alone is 2^-12.5
+GROWING_ITERATIONS = 3  # of a subspace that is tested for what it holds
 ITERATIONS = 8  # a quantization residual is nearly white: 4 leave 5 % of what the rank can take
 
 
@@ -75,3 +77,66 @@ def fit(error: Tensor, rank: int, seed: int = 0, moment: Moment | None = None) -
     gram = (basis.T @ weighted) @ projected.T
     top = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, width - rank :].flip(1)
     return LowRank(basis @ top, top.T @ projected)
+
+
+def reduce(matrix: Tensor, tolerance: float, cap: int, seed: int = 0) -> tuple[LowRank, float] | None:
+    """The truncated SVD of the smallest rank that keeps a matrix [out, in] within a relative Frobenius loss.
+
+    (fp16 factors, their measured loss), or None if no rank up to `cap` is enough. The subspace grows until it holds
+    enough of the energy; what it leaves is ||D||^2 - ||Q^T D||^2, so that a matrix which cannot be reduced costs a few
+    narrow products only. A matrix of zeros has rank 0.
+    """
+    total = _energy(matrix)
+    if total == 0.0:
+        return LowRank(matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])), 0.0
+    allowed = tolerance * tolerance * total
+    generator = torch.Generator().manual_seed(seed)
+    basis = matrix.new_empty(matrix.shape[0], 0)
+    for width in _widths(min(cap, *matrix.shape), min(matrix.shape)):
+        fresh = torch.randn(matrix.shape[1], width - basis.shape[1], generator=generator).to(matrix.device)
+        basis = torch.linalg.qr(torch.cat((basis, matrix @ fresh), 1)).Q
+        for _ in range(GROWING_ITERATIONS):
+            basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+        projected = basis.T @ matrix
+        values, vectors = torch.linalg.eigh(projected @ projected.T)
+        values, vectors = values.flip(0).clamp(min=0).double(), vectors.flip(1)
+        left = total - values.cumsum(0)
+        enough = (left <= allowed).nonzero()
+        if len(enough) and enough[0] < cap:
+            top = vectors[:, : enough[0] + 1]
+            return _measured(matrix, LowRank(basis @ top, top.T @ projected), total, tolerance)
+        # what the ranks still to come can take is at most the smallest value found, each; a subspace errs a little
+        if left[-1] - 1.2 * max(0, cap - width) * values[-1] > allowed:
+            return None
+    return None
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An fp32 tensor in a narrower dtype; in fp32 if that would lose more than rounding does (fp16 has no small
+    numbers: alpha / rank times a small factor may lie below them)."""
+    narrow = tensor.to(dtype)
+    if dtype is not torch.float16 or (narrow.float() - tensor).norm() <= FP16_LOSS * tensor.norm():
+        return narrow
+    return tensor
+
+
+def _widths(cap: int, most: int) -> list[int]:
+    """Growing widths of a subspace, the last one wide enough for a rank of `cap`."""
+    last = min(cap + OVERSAMPLING, most)
+    return sorted({min(width, last) for width in (48, 112, 176, last)} if cap > 0 else ())
+
+
+def _energy(matrix: Tensor) -> float:
+    """The sum of squares in double, by slices: no second matrix is made."""
+    return sum(rows.double().square().sum().item() for rows in matrix.split(256))
+
+
+def _measured(matrix: Tensor, pair: LowRank, total: float, tolerance: float) -> tuple[LowRank, float] | None:
+    """The pair in fp16 with its loss against the matrix; as it was if fp16 makes it too large; None if it is anyway."""
+    for factors in (pair.half(), pair):
+        left = sum((part - up.float() @ factors.down.float()).double().square().sum().item()
+                   for part, up in zip(matrix.split(256), factors.up.split(256), strict=True))  # fmt: skip
+        loss = (left / total) ** 0.5
+        if loss <= tolerance:
+            return factors, loss
+    return None
