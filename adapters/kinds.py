@@ -359,7 +359,7 @@ def _factors(name: str, a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tens
     if core is not None:
         if core.ndim != 4 or b.ndim != 2 or (core.shape[0], core.shape[1]) != (a.shape[0], b.shape[0]):
             raise ValueError(f"{found} do not fit their Tucker core {list(core.shape)}")
-        return a.T, flat(rounded(torch.einsum("ijkl,jr->irkl", core.float(), b.float()), b.dtype))
+        return a.T.contiguous(), flat(rounded(torch.einsum("ijkl,jr->irkl", core.float(), b.float()), b.dtype))
     if not a.shape[1] == b.shape[0] > 0:
         raise ValueError(f"{found} are no [out, r] and [r, in]")
     return a, flat(b)

@@ -69,8 +69,8 @@ def oft(out, columns):
 
 
 def boft(out, columns, rescale=False):
-    """Two stages where the outputs divide into them, else one of two-by-two blocks."""
-    stages, size = next((s, b) for s, b in ((2, 4), (1, 4), (1, 2), (1, 14)) if out % (2 ** (s - 1) * b) == 0)
+    """Two stages of blocks of 4, or one of 6 where the outputs do not divide into those."""
+    stages, size = (2, 4) if out % 8 == 0 else (1, 6) if out % 6 == 0 else (1, out)
     tensors = {".oft_blocks": 0.3 * random(stages, out // size, size, size)}
     return tensors | ({".rescale": 1 + 0.1 * random(out, 1)} if rescale else {})
 
@@ -103,6 +103,9 @@ KINDS = {
     "difference": full,
     "replacement": replacement,
 }
+CASES = [
+    (kind, shape) for kind in KINDS for shape in SHAPES if "BOFT" not in kind or shape != "odd"
+]  # even blocks only
 LINEAR = [kind for kind in KINDS if "OFT" not in kind]  # in strength, but for the replacement
 
 

@@ -5,12 +5,15 @@ import logging
 import pytest
 import torch
 
-from adapting import KINDS, SHAPES, adapter_of, random
+from adapting import CASES, KINDS, SHAPES, adapter_of, random
 from tessera.adapters import BOFT, OFT, Change, Difference, DoRA, GLoRA, LoHa, LoKr, LoRA
 
 BASE, KEY = "diffusion_model.layer", "diffusion_model.layer.weight"
 STRENGTHS = (0.5, 1.0, -0.7, 2.0)
 ALPHA = 1.7
+HOST_FAILS = "LoKr with a Tucker core"  # torch.kron refuses its strides; below it equals its product
+COMPARED = [case for case in CASES if case[0] != HOST_FAILS]
+WITH_DORA = [case for case in COMPARED if case[0] not in ("difference", "replacement")]
 TOLERANCE = 2e-5  # relative L2, fp32
 
 
@@ -28,7 +31,10 @@ def host_delta(tensors, weight, strength, caplog):
 
 def dora_scales(weight):
     rows, columns = (weight.norm(dim=dim, keepdim=True) for dim in (1, 0))
-    return {"by rows": rows * (1 + 0.2 * random(*rows.shape)), "by columns": columns * (1 + 0.2 * random(*columns.shape))}
+    return {
+        "by rows": rows * (1 + 0.2 * random(*rows.shape)),
+        "by columns": columns * (1 + 0.2 * random(*columns.shape)),
+    }
 
 
 def relative(found, wanted):
@@ -36,9 +42,8 @@ def relative(found, wanted):
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("alpha", [None, ALPHA])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "shape"), COMPARED)
 def test_delta_is_what_the_host_adds(models, caplog, kind, alpha, shape):
     tensors, weight = KINDS[kind](*SHAPES[shape]), random(*SHAPES[shape], seed=9)
     adapter = adapter_of(tensors, alpha)
@@ -51,9 +56,8 @@ def test_delta_is_what_the_host_adds(models, caplog, kind, alpha, shape):
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("axis", ["by rows", "by columns"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("difference", "replacement")])
+@pytest.mark.parametrize(("kind", "shape"), WITH_DORA)
 def test_dora_delta_is_what_the_host_adds(models, caplog, kind, axis, shape):
     tensors, weight = KINDS[kind](*SHAPES[shape]), random(*SHAPES[shape], seed=9)
     scale = dora_scales(weight)[axis]
