@@ -13,8 +13,10 @@ import torch
 from . import calibration_file, job, lora, planning, saved_inputs
 from . import doctor as doctors
 from .checkpoint import ABSORB, LAYER_ERRORS, PROVENANCE, Checkpoint
+from .extraction import Extraction
 from .quantization import pipeline, recipe
 from .quantization.calibration import MOMENTS
+from .quantization.difference import MAX_RANK, RANK, Wish
 from .quantization.pipeline import Settings
 from .quantization.recorder import AUTO, RecordOptions
 from .quantization.report import size
@@ -82,6 +84,18 @@ def calibrate(arguments) -> dict:
     calibration_file.write(calibration, target, arguments.overwrite)
     found = calibration_file.inspect(target)
     return {"json": found, "text": "\n".join(found["text"])}
+
+
+def extract_lora(arguments) -> dict:
+    """The difference of two checkpoints as a LoRA."""
+    work = Extraction(
+        Path(arguments.base), Path(arguments.tuned), Path(arguments.output),
+        Wish(arguments.rank, arguments.tolerance, arguments.max_rank),
+        calibration_file.read(Path(arguments.calibration)) if arguments.calibration else None, arguments.layers,
+        arguments.device, arguments.overwrite,
+    )  # fmt: skip
+    report = work.run(_progress(arguments))
+    return {"json": report.as_dict(), "text": report.markdown()}
 
 
 def inspect(arguments) -> dict:
@@ -281,6 +295,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--overwrite", action="store_true", help="replace an existing output file")
 
+    command = _command(commands, extract_lora, "the difference of two checkpoints, in any formats, as a LoRA")
+    command.add_argument("--base", required=True, metavar="A", help="what the LoRA will be loaded on: the model before "
+                         "tuning, or a quantized file that is to be corrected")  # fmt: skip
+    command.add_argument("--tuned", required=True, metavar="B", help="what comes out with the LoRA: the tuned model, "
+                         "or the quantized file's original")  # fmt: skip
+    command.add_argument("-o", "--output", required=True, help="the LoRA to write; <base>_lora.safetensors is found "
+                         "beside the checkpoint")  # fmt: skip
+    ranks = command.add_mutually_exclusive_group()
+    ranks.add_argument("--rank", type=int, default=RANK, help=f"of every layer ({RANK})")
+    ranks.add_argument("--tolerance", type=float, metavar="X", help="instead of a rank: each layer takes the smallest "
+                      "that loses no more than this share of its difference, 0.05 for instance")  # fmt: skip
+    command.add_argument("--max-rank", type=int, default=MAX_RANK, help=f"the most with --tolerance ({MAX_RANK})")
+    command.add_argument("--calibration", metavar="FILE", help="statistics of what the layers see, of either model: "
+                         "the output error is made least, not that of the weight")  # fmt: skip
+    command.add_argument("--layers", default="", metavar="PATTERN", help="only these, as in a recipe: "
+                         "'layers.{0-9}.**'; several with spaces between")  # fmt: skip
+    command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu, cuda, ... (cpu)")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+
     command = _command(commands, inspect, "what a file holds, layer by layer")
     command.add_argument("file")
 
@@ -309,7 +342,7 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
 
 
 def _command(commands, run, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(run.__name__, help=text, description=text)
+    command = commands.add_parser(run.__name__.replace("_", "-"), help=text, description=text)
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.set_defaults(run=run)
     return command
