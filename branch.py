@@ -1,193 +1,246 @@
-"""Low-rank branches beside the layers of a model: exact, unmerged, at any strength.
+"""What a stack of LoRAs adds to each layer of a model: one low-rank product, and what is none, unmerged.
 
-The weights live in a module of their own, so that the host counts, offloads and clones them; forward hooks add
-strength * (up(down(x)) + bias) to a layer's output; strength is a 0-d tensor that belongs to one attachment, not to the
-weights.
+The factors of all LoRAs on a layer are joined in rank; each rank is multiplied by the strength of its LoRA, which lies
+in a small vector outside. The modules here hold only factors, so that the host counts, offloads and clones them as a
+model of their own.
 """
 
 from __future__ import annotations
 
-import logging
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .quantization.lowrank import LowRank
-
-log = logging.getLogger("tessera")
+from .adapters import Form
+from .kernels.linear import LowRankBranch
 
 Rows = tuple[int, int] | None
-Targets = Mapping[str, tuple[str, Rows]]
-FUSED = "TensorWiseINT8Layout"  # the host's `linear_input_act` multiplies these without calling the layer
-HOOKS = "_tessera_hooks"  # on the model: attachment key -> (weak patcher, hook handles)
+"""(start, length) of a layer's output; None: all of it."""
+Runs = tuple[tuple[int, int], ...]
+"""(entry, rank) of neighbouring ranks."""
+Cast = Callable[[Tensor, torch.device, torch.dtype], Tensor]
+
+
+class Strengths:
+    """The strengths of a stack's entries as the tensors that kernels read; setting them writes those, nothing else."""
+
+    def __init__(self, values: Iterable[float]):
+        self.values = [float(value) for value in values]
+        self._tensors: dict[tuple[Runs, torch.device], Tensor] = {}
+
+    def vector(self, runs: Runs, device: torch.device) -> Tensor:
+        """[r] on that device, the same tensor at every call: graphs read it there."""
+        found = self._tensors.get((runs, device))
+        if found is None:
+            found = self._tensors[runs, device] = self._spread(runs).to(device)
+        return found
+
+    def scalar(self, entry: int, device: torch.device) -> Tensor:
+        """[] on that device."""
+        return self.vector(((entry, 1),), device)[0]
+
+    def prepare(self, branches: Branches, device: torch.device) -> None:
+        """Makes every tensor that the branches will read there: a graph must not."""
+        branches.build()
+        for module in (*branches.items, *branches.groups):
+            self.vector(module.runs, device)
+        for item in branches.items:
+            self.vector(item.bias_runs, device)
+            for entry, _ in item.places:
+                self.scalar(entry, device)
+
+    def set(self, values: Iterable[float]) -> None:
+        """Takes effect at the next forward; nothing is reloaded or recompiled."""
+        values = [float(value) for value in values]
+        if len(values) != len(self.values):
+            raise ValueError(f"{len(values)} strengths for {len(self.values)} LoRAs; give one for each")
+        if values != self.values:
+            self.values = values
+            for (runs, _), tensor in self._tensors.items():
+                tensor.copy_(self._spread(runs))
+
+    def _spread(self, runs: Runs) -> Tensor:
+        return torch.tensor([self.values[entry] for entry, rank in runs for _ in range(rank)], dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one entry does to one layer, or to `rows` of its output."""
+
+    entry: int
+    form: Form
+    rows: Rows = None
+    exact: bool = True  # its own accuracy counts: a kernel that encodes factors stores both as hi + lo
+    absorbed: bool = False  # it is part of the weight: without it the layer is wrong, not less exact
+
+
+class Group(nn.Module):
+    """The down factors of layers that are called with the same input, one below the other."""
+
+    def __init__(self, linear: type[nn.Module], down: Tensor, runs: Runs, exact: tuple[bool, ...]):
+        super().__init__()
+        self.stacked = _holding(linear, down)
+        self.runs, self.exact = runs, exact
+
+    @property
+    def rank(self) -> int:
+        return self.stacked.weight.shape[0]
 
 
 class Branch(nn.Module):
-    """up(down(x)) + bias for one layer, or for `rows` (start, length) of its output."""
+    """All that a stack adds to one layer; its down factors are rows `span` of its group's."""
 
-    def __init__(self, pair: LowRank, rows: Rows, linear: type[nn.Module]):
+    def __init__(self, parts: list[Part], shape: tuple[int, int], linear: type[nn.Module], dtype: torch.dtype | None):
         super().__init__()
-        self.down = _linear(linear, pair.down)
-        self.up = _linear(linear, pair.up, pair.bias)
-        self.rows = rows
-        self.fired = 0
+        self.shape, self.fired = shape, 0
+        self.absorbed = any(part.absorbed for part in parts)
+        pairs = [part for part in parts if part.form.pair is not None]
+        self.runs: Runs = tuple((part.entry, part.form.pair.rank) for part in pairs)
+        self.exact = tuple(part.exact for part in pairs)
+        self.up = _holding(linear, _joined_up(pairs, shape[0], dtype)) if pairs else None
+        biased = [part for part in parts if part.form.bias is not None]
+        self.bias_runs: Runs = tuple((part.entry, 1) for part in biased)
+        rows = [_placed(part.form.bias.unsqueeze(1), part.rows, shape[0]).squeeze(1) for part in biased]
+        self.bias = _Held(torch.stack(rows)) if rows else None  # [b, out]
+        beside = [(part, extra) for part in parts for extra in part.form.extras]
+        self.extras = nn.ModuleList(extra for _, extra in beside)
+        self.places = tuple((part.entry, part.rows) for part, _ in beside)
+        self.kinds = tuple(sorted({part.form.kind for part in parts}))
+        self.__dict__["group"], self.span = None, (0, 0)  # past nn.Module: a layer does not own its siblings' factors
 
     @property
-    def fuses(self) -> bool:
-        """Whether it changes the whole output by a product alone, so that it can be part of the layer's own product."""
-        return self.rows is None and self.up.bias is None
+    def rank(self) -> int:
+        return 0 if self.up is None else self.up.weight.shape[1]
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether some part changes the layer's own product: that must be there by itself first."""
+        return any(extra.needs_base for extra in self.extras)
 
     def count(self) -> None:
         """Notes that it was used."""
         if self.fired < 2:  # enough to tell; a number that keeps changing would make torch.compile start over
             self.fired += 1
 
-    def add(self, output: Tensor, x: Tensor, strength: Tensor) -> Tensor:
-        """output [..., out] + strength * branch(x [..., in]), in x's dtype."""
+    def product(self, x: Tensor, strengths: Strengths, cast: Cast) -> LowRankBranch | None:
+        """Its low-rank part on x's device and in x's dtype; None if it has none."""
+        if self.up is None:
+            return None
+        down = cast(self.group.stacked.weight[slice(*self.span)], x.device, x.dtype)
+        return LowRankBranch(down, cast(self.up.weight, x.device, x.dtype), strengths.vector(self.runs, x.device))
+
+    def biased(self, bias: Tensor | None, x: Tensor, strengths: Strengths, cast: Cast) -> Tensor | None:
+        """The layer's bias [out] with the stack's differences on it."""
+        if self.bias is None:
+            return bias
+        change = strengths.vector(self.bias_runs, x.device) @ cast(self.bias.weight, x.device, torch.float32)
+        return change.to(x.dtype) if bias is None else (bias.float() + change).to(x.dtype)
+
+    def beside(self, y: Tensor, x: Tensor, strengths: Strengths, base: Tensor | None) -> Tensor:
+        """y [..., out] with the parts that are no low-rank product; `base` is the layer's product without its bias."""
+        for extra, (entry, rows) in zip(self.extras, self.places, strict=True):
+            part = base if base is None or rows is None else base.narrow(-1, *rows)
+            change = extra(x, part, strengths.scalar(entry, x.device)).to(y.dtype)
+            if rows is not None:
+                change = nn.functional.pad(change, (rows[0], self.shape[0] - rows[0] - rows[1]))
+            y = y + change
+        return y
+
+    def add(self, y: Tensor, x: Tensor, strengths: Strengths, cast: Cast, bias: Tensor | None = None) -> Tensor:
+        """All of it, on the output y [..., out] of a layer with that bias: what a forward hook does."""
         self.count()
-        # strength meets the r-wide middle, where it costs least; on any device without a copy, as it is 0-d
-        biased = self.up.bias is not None  # and is to be scaled too
-        delta = self.up(self.down(x)) * strength if biased else self.up(self.down(x) * strength)
-        delta = delta.to(output.dtype)
-        if self.rows is None:
-            return output + delta
-        start, length = self.rows
-        return torch.cat((output[..., :start], output[..., start : start + length] + delta,
-                          output[..., start + length :]), dim=-1)  # fmt: skip
+        base = y if bias is None or not self.needs_base else y - bias.to(y.device, y.dtype)
+        added = self.beside(y, x, strengths, base)
+        if (change := self.biased(None, x, strengths, cast)) is not None:
+            added = added + change.to(y.dtype)
+        branch = self.product(x, strengths, cast)
+        if branch is None:
+            return added
+        t = branch.middle(x.reshape(-1, x.shape[-1]))
+        return torch.addmm(added.reshape(-1, y.shape[-1]), t.to(y.dtype), branch.up.T.to(y.dtype)).reshape(y.shape)
 
 
 class Branches(nn.Module):
-    """All branches of one LoRA file; `layers` says, in the same order, which module each belongs to."""
+    """The branches of a stack, by the path of their layer; `siblings` are paths of layers that share an input.
 
-    def __init__(self, pairs: list[tuple[str, LowRank, Rows]], linear: type[nn.Module]):
-        super().__init__()
-        self.layers = [name for name, _, _ in pairs]
-        self.items = nn.ModuleList(Branch(pair, rows, linear) for _, pair, rows in pairs)
-
-
-@dataclass
-class SideBranch:
-    """One attachment: its key on patchers and its strength. Everything else is taken from the patcher at inject time,
-    so that clones, deep clones and copies on other devices get their own hooks."""
-
-    key: str
-    strength: float
-    absorbed: bool = False  # the branch is part of the weights: without it the layer is wrong, not less exact
-    _tensor: Tensor = field(init=False)
-    _copies: dict[torch.device, Tensor] = field(init=False, default_factory=dict)
-    _warned: bool = field(init=False, default=False)
-
-    def __post_init__(self):
-        self._tensor = torch.tensor(float(self.strength))
-
-    def set_strength(self, strength: float) -> None:
-        """Takes effect at the next forward; nothing is reloaded or recompiled."""
-        for tensor in (self._tensor, *self._copies.values()):
-            tensor.fill_(float(strength))
-
-    def strength_on(self, device: torch.device) -> Tensor:
-        """The strength as a 0-d tensor of that device, the same one at every call: kernels and graphs read it there."""
-        if device.type == "cpu":
-            return self._tensor
-        if device not in self._copies:
-            self._copies[device] = self._tensor.to(device)
-        return self._copies[device]
-
-    def inject(self, patcher) -> None:
-        """Hooks this patcher's model; an earlier attachment of the same key is replaced."""
-        registry = patcher.model.__dict__.setdefault(HOOKS, {})
-        for handle in registry.pop(self.key, (None, ()))[1]:
-            handle.remove()
-        branches: Branches = patcher.get_additional_models_with_key(self.key)[0].model
-        modules, handles = dict(patcher.model.named_modules()), []  # one walk: faster than a path per layer
-        for name, item in zip(branches.layers, branches.items, strict=True):
-            item.fired = 0
-            attach = getattr(modules[name], "attach_branch", None)  # a layer of ours takes it into its own product
-            handles.append(attach(item, self) if attach else modules[name].register_forward_hook(self._hook(item)))
-        registry[self.key] = (weakref.ref(patcher), handles)
-
-    def eject(self, patcher) -> None:
-        """Unhooks the model; does nothing if another patcher has hooked it since."""
-        registry = patcher.model.__dict__.get(HOOKS, {})
-        if self.key not in registry or registry[self.key][0]() is not patcher:
-            return
-        for handle in registry.pop(self.key)[1]:
-            handle.remove()
-        self._warn_unserved(patcher)
-
-    def _hook(self, item: Branch):
-        return lambda module, inputs, output: item.add(output, inputs[0], self._tensor)
-
-    def _warn_unserved(self, patcher) -> None:
-        """Some hosts run a fused linear that passes hooks by (`linear_input_act`): say so, once per attachment."""
-        branches: Branches = patcher.get_additional_models_with_key(self.key)[0].model
-        silent = [name for name, item in zip(branches.layers, branches.items, strict=True) if not item.fired]
-        # twice: a run that was cancelled inside its first step has silent layers too
-        if not silent or self._warned or max(item.fired for item in branches.items) < 2:
-            return
-        self._warned = True
-        fused = [name for name in silent if _may_be_fused(patcher.model.get_submodule(name))]
-        if self.absorbed and fused:
-            log.error("Tessera: %d of %d layers ran past their absorbed branch, or not at all (first: %s). In ComfyUI "
-                      "0.30 and later some models run int8 layers by a fused kernel that no branch can join, and "
-                      "WITHOUT THEIR BRANCH THEY ARE WRONG: do not trust this picture. Quantize these layers again in "
-                      "nvfp4 or mxfp8, or the model in correction mode",
-                      len(fused), len(branches.layers), fused[0])  # fmt: skip
-        elif not self.absorbed:
-            log.warning("Tessera: %d of %d layers ran past their branch, or not at all (first: %s): they are not "
-                        "corrected", len(silent), len(branches.layers), silent[0])  # fmt: skip
-        else:
-            log.warning("Tessera: %d of %d absorbed branches were not used (first: %s): their layers did not run; if "
-                        "another extension runs them in its own way, the picture is wrong, remove that extension",
-                        len(silent), len(branches.layers), silent[0])  # fmt: skip
-
-
-def _may_be_fused(module: nn.Module) -> bool:
-    return getattr(module, "layout_type", None) == FUSED
-
-
-def match(file: str, pairs: Mapping[str, LowRank], targets: Targets, model: nn.Module):
-    """([(module path, pair, rows)], base names that fit nothing).
-
-    Raises ValueError if no name fits, or if a pair does not fit the layer it names.
+    Factors are joined when they are first needed: of stacks that nodes build up one on the other, only the last runs.
     """
-    matched, unmatched = [], []
-    for base, pair in pairs.items():
-        if base not in targets:
-            unmatched.append(base)
-            continue
-        name, rows = targets[base]
-        module = model.get_submodule(name)
-        _check_fit(file, base, pair, module, rows)
-        matched.append((name, pair, rows))
-    if not matched:
-        first = f"; first unmatched key {unmatched[0]}" if unmatched else ""
-        raise ValueError(
-            f"{file}: 0 of {len(pairs)} LoRA layers match this model{first}; it was made for another model"
-        )
-    return matched, unmatched
+
+    def __init__(self, parts: Mapping[str, list[Part]], shapes: Mapping[str, tuple[int, int]],
+                 linear: type[nn.Module], siblings: Iterable[tuple[str, ...]] = (),
+                 dtype: torch.dtype | None = None):  # fmt: skip
+        super().__init__()
+        self.layers = list(parts)
+        self.items, self.groups = nn.ModuleList(), nn.ModuleList()
+        self._plan = parts, shapes, linear, list(siblings), dtype
+
+    @property
+    def built(self) -> bool:
+        return self._plan is None
+
+    def build(self) -> Branches:
+        """Joins the factors, if that has not been done."""
+        if self._plan is not None:
+            (parts, shapes, linear, siblings, dtype), self._plan = self._plan, None
+            self.items.extend(Branch(parts[name], shapes[name], linear, dtype) for name in self.layers)
+            by_name = dict(zip(self.layers, self.items, strict=True))
+            shared = [names for names in siblings if any(name in by_name for name in names)]
+            alone = set(self.layers) - {name for names in shared for name in names}
+            for names in [*shared, *((name,) for name in self.layers if name in alone)]:
+                self._group([(by_name[name], parts[name]) for name in names if name in by_name], linear, dtype)
+        return self
+
+    def state_dict(self, *args, **kwargs):
+        """The first thing that the host asks of a model: its size."""
+        self.build()
+        return super().state_dict(*args, **kwargs)
+
+    def _group(self, members: list[tuple[Branch, list[Part]]], linear: type[nn.Module], dtype) -> None:
+        members = [(item, parts) for item, parts in members if item.rank]
+        if not members:
+            return
+        factors = [part.form.pair.down for _, parts in members for part in parts if part.form.pair is not None]
+        runs = tuple(run for item, _ in members for run in item.runs)
+        exact = tuple(flag for item, _ in members for flag in item.exact)
+        group = Group(linear, torch.cat([f.to(_dtype(factors, dtype)) for f in factors]), runs, exact)
+        self.groups.append(group)
+        start = 0
+        for item, _ in members:
+            item.__dict__["group"], item.span = group, (start, start + item.rank)
+            start += item.rank
 
 
-def _check_fit(file: str, base: str, pair: LowRank, module: nn.Module, rows: Rows) -> None:
-    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    if None in shape:
-        raise ValueError(
-            f"{file}: {base}: is a {type(module).__name__}, not a linear layer; only those can be corrected"
-        )
-    wanted = (rows[1] if rows else shape[0], shape[1])
-    found = (pair.up.shape[0], pair.down.shape[1])
-    if found != wanted:
-        raise ValueError(
-            f"{file}: {base}: the LoRA is {list(found)}, the layer {list(wanted)}; it was made for another model"
-        )
+class _Held(nn.Module):
+    """A tensor in a module of its own: the host moves those, and not what lies beside other modules."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _linear(cls: type[nn.Module], weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    layer = cls(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+def _joined_up(parts: list[Part], out_features: int, dtype: torch.dtype | None) -> Tensor:
+    factors = [_placed(part.form.pair.up, part.rows, out_features) for part in parts]
+    return torch.cat([factor.to(_dtype(factors, dtype)) for factor in factors], 1)
+
+
+def _placed(factor: Tensor, rows: Rows, out_features: int) -> Tensor:
+    """A factor [length, r] of some rows as one of all rows."""
+    if rows is None:
+        return factor
+    return nn.functional.pad(factor, (0, 0, rows[0], out_features - rows[0] - rows[1]))
+
+
+def _dtype(factors: list[Tensor], dtype: torch.dtype | None) -> torch.dtype:
+    found = factors[0].dtype
+    for factor in factors[1:]:
+        found = torch.promote_types(found, factor.dtype)
+    return dtype or found
+
+
+def _holding(linear: type[nn.Module], weight: Tensor) -> nn.Module:
+    """A layer of the host's that holds the factor: it knows how to keep it where memory is, and counts it."""
+    layer = linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer

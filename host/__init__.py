@@ -1,8 +1,10 @@
 """The one adapter to ComfyUI (0.27 and later)."""
 
+from ..schedule import Schedule
 from .attaching import (
     Attached,
     absorbed_layers,
+    attach_file,
     attach_lora,
     coverage,
     lacks_branch,
@@ -33,7 +35,7 @@ from .ui import (
 
 __all__ = [
     "PROBED_ACTIVATIONS", "Attached", "Budget", "Inspection", "ModelSource", "ProbeCall", "Progress",
-    "RecordOptions", "Recorder", "absorbed_layers", "attach_lora", "calibration_of", "calibration_path",
+    "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "calibration_of", "calibration_path",
     "calibrations", "clip_source", "compute_device", "coverage", "filenames", "full_path", "inspect", "lacks_branch",
     "listed_name", "load_clip", "load_diffusion_model", "lora_beside", "make_room", "measure", "model_source",
     "new_calibration_path", "new_recipe_path", "output_path", "plan_text", "plans",

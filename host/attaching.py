@@ -1,87 +1,227 @@
-"""Low-rank branches beside a model's layers, as the host wants them: clones, injections, additional models."""
+"""LoRA files on models: each key to its layer, beside it where it is linear, patched the host's way where it is not."""
 
 from __future__ import annotations
 
-import copy
-import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.lora
+import comfy.lora_convert
 import comfy.model_patcher
-import comfy.ops
-import comfy.patcher_extension
 import folder_paths
+import torch
+from torch import Tensor, nn
 
-from .. import branch, lora
+from .. import lora
+from ..adapters import Change, Form, LoRA
 from ..checkpoint import BRANCH, read_header
+from ..injection import module_at
 from ..quantization.lowrank import LowRank
+from ..schedule import Schedule
+from . import stacking
+from .stacking import Entry, Placed, names_of
 
-BRANCHES = "_tessera_branches"  # on a model: {LoRA file: Attached}
-ABSORBED = "tessera.absorbed"  # key of a model's own branch
 TRUNK = "diffusion_model."
+TEXT_KEYS = ("lora_te", "text_encoder", "lora_prior_te", "lycoris_text_encoder")  # of LoRAs for both
+OTHER = "it was made for another model"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the host puts what a LoRA names."""
+
+    key: str  # of the parameter
+    layer: str | None  # path of the module, if it is the weight of a linear layer
+    rows: tuple[int, int] | None
+    host: object  # what ComfyUI's own map says
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A LoRA's branches for one model, shared by every strength: the host sees them as a model of its own."""
+    """What became of a LoRA file: told in the node."""
 
-    identity: tuple
-    patcher: comfy.model_patcher.ModelPatcher
-    layers: tuple[str, ...]
+    name: str
+    forms: list[tuple[Placed, Form]] = field(default_factory=list)
+    patched: tuple[str, ...] = ()  # keys that the host patches itself
+    unmatched: tuple[str, ...] = ()  # names that fit nothing here
+    ignored: tuple[tuple[str, str], ...] = ()  # (key, why)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(placed.layer for placed, _ in self.forms))
+
+    @property
+    def text(self) -> str:
+        """Per file: applied, reduced, patched by the host, ignored and why."""
+        kinds = Counter(found.kind for _, found in self.forms)
+        said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        lines = [f"{self.name}: {len(self.layers)} layers, unmerged ({said})" if self.forms else f"{self.name}:"]
+        for start, what in (("reduced", "reduced"), ("as a full", "multiplied in full, which is slow")):
+            some = [(placed, found) for placed, found in self.forms if found.how.startswith(start)]
+            if some:
+                placed, worst = max(some, key=lambda pair: pair[1].loss)
+                lines.append(f"{len(some)} {what}: {placed.layer} {worst.how}")
+        if self.patched:
+            lines.append(f"{len(self.patched)} patched by ComfyUI, as they are no linear layers ({names_of(self.patched)})")
+        if self.unmatched:
+            lines.append(f"{len(self.unmatched)} keys fit no layer ({names_of(self.unmatched)})")
+        reasons: dict[str, list[str]] = {}
+        for key, why in self.ignored:
+            reasons.setdefault(why, []).append(key)
+        lines += [f"{len(keys)} ignored: {why} ({names_of(keys)})" for why, keys in reasons.items()]
+        return "; ".join([*lines, *self.notes])
+
+
+def attach_file(patcher, path: str, strength: float, schedule: Schedule | None = None, tolerance: float = 0.02,
+                correction: bool = False):  # fmt: skip
+    """(clone with a LoRA file of any kind beside its layers, Attached). No quantized weight changes.
+
+    Works on the patcher of a MODEL or of a CLIP. Raises ValueError, with the model as it was, if the file is damaged,
+    fits nothing here, or does not fit a layer that it names.
+    """
+    file = Path(path)
+    entry = _entry(patcher, file, tolerance, correction)
+    rest: _Rest = entry.rest
+    clone = patcher.clone()
+    if entry.changes:
+        stacking.attach(clone, entry, strength, schedule)
+    notes, patched = [], ()
+    if rest.raw and strength != 0:
+        patched = tuple(_patch(clone, rest, strength))
+        notes += ["what ComfyUI patches has its full strength all the time"] if schedule is not None else []
+    notes += [f"strength moves: {schedule}"] if schedule is not None else []
+    forms = stacking.summary(patcher, entry) if entry.changes else []
+    return clone, Attached(file.name, forms, patched, rest.unmatched, rest.ignored, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What of a file does not ride beside a layer."""
+
+    raw: dict[str, dict[str, Tensor]]  # for the host to patch
+    spots: dict[str, object]  # where
     unmatched: tuple[str, ...]
+    ignored: tuple[tuple[str, str], ...]
+
+
+def _entry(patcher, path: Path, tolerance: float, correction: bool) -> Entry:
+    """Read from disk once per model and file, so that moving a slider reads nothing."""
+    stat = path.stat()
+    identity = (str(path), stat.st_mtime_ns, stat.st_size, tolerance, correction)
+    known = stacking.kept(patcher).entry(identity)
+    if known is not None:
+        return known
+    where = targets(patcher)
+    file = lora.read_adapters(path, comfy.lora_convert.convert_lora)
+    placed, raw, unmatched, ignored = [], {}, [], list(file.ignored.items())
+    for base, change in file.changes.items():
+        target = where.get(base)
+        if target is None:
+            unmatched.append(base)
+        elif target.layer is None:
+            raw[base] = file.raw[base]
+        else:
+            _check(path.name, base, change, module_at(patcher.model, target.layer), target.rows)
+            placed.append(Placed(target.layer, target.rows, change, target.order))
+    if not placed and not raw:
+        first = f"; first unmatched key {unmatched[0]}" if unmatched else ""
+        raise ValueError(f"{path.name}: 0 of {len(file.changes)} LoRA layers match this model{first}; {OTHER}")
+    rest = _Rest(raw, {base: where[base].host for base in raw}, tuple(unmatched), tuple(ignored))
+    return Entry(identity, path.name, placed, correction, tolerance=tolerance, rest=rest)
+
+
+def _check(file: str, base: str, change: Change, module: nn.Module, rows) -> None:
+    out, columns = stacking.shape_of(module)
+    try:
+        change.check((rows[1] if rows else out, columns))
+        if change.reshape is not None and tuple(change.reshape) != (out, columns):
+            raise ValueError(f"it makes the layer {list(change.reshape)} out of {[out, columns]}, which a quantized "
+                             "layer cannot become")  # fmt: skip
+    except ValueError as problem:
+        raise ValueError(f"{file}: {base}: {problem}; {OTHER}") from None
+
+
+def _patch(clone, rest: _Rest, strength: float) -> list[str]:
+    """Has the host merge what is no linear layer: norms, convolutions, embeddings, plain parameters."""
+    tensors = {key: tensor for found in rest.raw.values() for key, tensor in found.items()}
+    loaded = comfy.lora.load_lora(tensors, rest.spots, log_missing=False)
+    return [str(key) for key in clone.add_patches(loaded, strength)]
+
+
+def targets(patcher) -> dict[str, Target]:
+    """LoRA base name -> Target, in every spelling that the host knows."""
+    text = stacking.is_text_encoder(patcher)
+    known = comfy.lora.model_lora_keys_clip if text else comfy.lora.model_lora_keys_unet
+    found = {}
+    for name, said in known(patcher.model, {}).items():
+        found[name] = target = _target(patcher.model, said)
+        if not text:
+            found.setdefault(name.removeprefix(TRUNK), target)  # bare keys
+    return found
+
+
+def _target(model: nn.Module, said) -> Target:
+    """What an entry of the host's map means: a key, or (key, (dim, start, length) or None, function of the rows)."""
+    key, offset, function = (said, None, None) if isinstance(said, str) else (*said, None, None)[:3]
+    path = key.removesuffix(".weight")
+    rows = None if offset is None else (offset[1], offset[2])
+    if not key.endswith(".weight") or not _is_linear(model, path) or (offset is not None and offset[0] != 0):
+        return Target(key, None, rows, said)
+    order = None if function is None else row_order(function, rows[1] if rows else module_at(model, path).out_features)
+    return Target(key, path if function is None or order is not None else None, rows, said, order)
+
+
+def row_order(function, count: int) -> Tensor | None:
+    """Where a function of the host's takes each of that many rows from; None if it does anything else to a weight."""
+    rows = torch.arange(count, dtype=torch.float64).unsqueeze(1)
+    moved = function(rows.clone())
+    return moved[:, 0].long() if moved.shape == rows.shape and torch.equal(moved.sort(0).values, rows) else None
+
+
+def _is_linear(model: nn.Module, path: str) -> bool:
+    try:
+        module = module_at(model, path)
+    except AttributeError:
+        return False
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 
 def attach_lora(patcher, path: str, strength: float) -> tuple[comfy.model_patcher.ModelPatcher, Attached]:
-    """(clone with the LoRA's branches beside its layers, what was attached). No weight of the model changes.
+    """(clone with a correction LoRA's branches beside its layers, what was attached). No weight of the model changes.
 
     Raises ValueError if no key of the file fits the model, or a pair does not fit its layer.
     """
-    attached = _branches(patcher, Path(path))
-    clone, key = patcher.clone(), f"tessera.{uuid.uuid4().hex}"
-    if strength != 0:  # at 0 the clone is the model itself, bit for bit
-        side = branch.SideBranch(key, strength)
-        clone.set_additional_models(key, [attached.patcher.clone()])
-        clone.set_injections(key, [comfy.patcher_extension.PatcherInjection(side.inject, side.eject)])
-    return clone, attached
+    return attach_file(patcher, path, strength, correction=True)
 
 
-class _Carried:
-    """Makes ComfyUI load a text encoder's branch with it: encoding loads what patches carry, not additional models."""
-
-    def __init__(self, side: comfy.model_patcher.ModelPatcher):
-        self.side = side
-
-    def models(self) -> list[comfy.model_patcher.ModelPatcher]:
-        return [self.side]
-
-
-def attach_own(patcher, file: str, pairs: dict[str, LowRank], text_encoder: bool = False) -> None:
+def attach_own(patcher, file: str, pairs: dict[str, LowRank]) -> None:
     """Puts the branches that are part of a model, by module path, beside its layers: at strength 1 for good."""
-    matched, _ = branch.match(file, pairs, {name: (name, None) for name in pairs}, patcher.model)
-    side, own = _side(patcher, matched), branch.SideBranch(ABSORBED, 1.0, absorbed=True)
-    patcher.set_additional_models(ABSORBED, [side])
-    patcher.set_injections(ABSORBED, [comfy.patcher_extension.PatcherInjection(own.inject, own.eject)])
-    if text_encoder:
-        options = patcher.model_options["transformer_options"]
-        options.setdefault("patches", {})[ABSORBED] = [_Carried(side)]
+    for name, pair in pairs.items():
+        _check(file, name, Change(LoRA(pair)), module_at(patcher.model, name), None)
+    placed = [Placed(name, None, Change(LoRA(pair))) for name, pair in pairs.items()]
+    stacking.attach(patcher, Entry(("", file), file, placed, absorbed=True), 1.0)
+
+
+def _absorbed(patcher) -> list[Entry]:
+    return [entry for entry, _, _ in stacking.entries(patcher) if entry.absorbed]
 
 
 def absorbed_layers(patcher) -> int:
     """How many layers of a MODEL have a branch that is part of it; 0 for all but absorb models from our loader."""
-    sides = patcher.get_additional_models_with_key(ABSORBED)
-    return len(sides[0].model.layers) if sides else 0
+    return sum(len(entry.changes) for entry in _absorbed(patcher))
 
 
 def absorbed_text(patcher) -> list[str]:
     """What to tell about a model's own branches; nothing if it has none."""
-    layers = absorbed_layers(patcher)
-    if not layers:
+    found = _absorbed(patcher)
+    if not found:
         return []
-    [side] = patcher.get_additional_models_with_key(ABSORBED)
-    return [f"{layers} layers with a low-rank branch inside the file (absorb mode): always on, "
-            f"{side.model_size() / 1e6:.1f} MB"]  # fmt: skip
+    nbytes = sum(tensor.nbytes for entry in found for placed in entry.changes for tensor in placed.change.tensors())
+    return [f"{absorbed_layers(patcher)} layers with a low-rank branch inside the file (absorb mode): always on, "
+            f"{nbytes / 1e6:.1f} MB"]  # fmt: skip
 
 
 def lacks_branch(patcher) -> bool:
@@ -90,49 +230,6 @@ def lacks_branch(patcher) -> bool:
     if absorbed_layers(patcher) or path is None or path.suffix not in (".safetensors", ".sft"):
         return False
     return any(key.rpartition(".")[2] in BRANCH for key in read_header(path)[1])
-
-
-def _branches(patcher, path: Path) -> Attached:
-    """Read from disk once per model and file, so that moving a slider reads nothing; freed with the model."""
-    stat = path.stat()
-    identity = (stat.st_mtime_ns, stat.st_size, patcher.load_device)
-    kept: dict[Path, Attached] = patcher.model.__dict__.setdefault(BRANCHES, {})
-    cached = kept.get(path)
-    if cached is None or cached.identity != identity:
-        pairs, unmatched = branch.match(path.name, lora.read(path), _targets(patcher), patcher.model)
-        side = _side(patcher, pairs)
-        cached = Attached(identity, side, tuple(side.model.layers), tuple(unmatched))
-        kept[path] = cached
-    return cached
-
-
-def _side(patcher, pairs) -> comfy.model_patcher.ModelPatcher:
-    """The branches [(module path, pair, rows)] of a model as a model of their own."""
-    module = branch.Branches(pairs, comfy.ops.manual_cast.Linear)
-    side = comfy.model_patcher.ModelPatcher(module, patcher.load_device, patcher.offload_device)
-    side.cached_patcher_init = (_copy_branches, (module, patcher.load_device, patcher.offload_device))
-    return side
-
-
-def _copy_branches(module, load_device, offload_device, disable_dynamic=False):
-    """A fresh patcher of copied branches, for deep clones on other devices."""
-    return comfy.model_patcher.ModelPatcher(copy.deepcopy(module), load_device, offload_device)
-
-
-def _targets(patcher) -> dict[str, tuple[str, tuple[int, int] | None]]:
-    """LoRA base name -> (module path, rows (start, length) or None), in every spelling the host knows."""
-    targets = {}
-    for name, key in comfy.lora.model_lora_keys_unet(patcher.model, {}).items():
-        rows = None
-        if isinstance(key, tuple):
-            key, (dim, start, length) = key[0], key[1]
-            if dim != 0:
-                continue
-            rows = (start, length)
-        if key.endswith(".weight"):
-            targets[name] = (key.removesuffix(".weight"), rows)
-            targets.setdefault(name.removeprefix(TRUNK), targets[name])  # bare keys
-    return targets
 
 
 def coverage(patcher, attached: Attached) -> str:
@@ -164,9 +261,3 @@ def _file_of(patcher) -> Path | None:
     """The file a MODEL was loaded from, where its loader says so."""
     made = getattr(patcher, "cached_patcher_init", None)
     return Path(made[1][0]) if made and isinstance(made[1][0], str) else None
-
-
-def names_of(items: Iterable[str], limit: int = 3) -> str:
-    """The first few of a list in words."""
-    items = list(items)
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

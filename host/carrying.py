@@ -10,7 +10,7 @@ import comfy.quant_ops
 import torch
 from torch import Tensor
 
-from ..branch import Branch, SideBranch
+from ..branch import Branch, Group, Strengths
 from ..formats import Format
 from ..kernels import extended, kextension, linear
 from ..kernels.dispatch import Plan
@@ -25,67 +25,55 @@ KINDS = {
     layouts.FP8_ROW: "fp8_row", layouts.INT8: "int8",
 }  # fmt: skip
 EXTENDED = ("nvfp4", "mxfp8", "fp8_row")  # kernels that take branches in reserved columns of the weight
-CPU = torch.device("cpu")
 COMPILING = "a graph must not write into a weight: call the layer once before compiling it"
 
-Pair = tuple[Branch, SideBranch]
+Pair = tuple[Branch, Strengths]
 
 
 class Carrying:
-    """Branches of a layer: attached, joined into one, encoded into reserved columns where its kernel has them."""
+    """A stack's branch on a layer: attached, encoded into reserved columns where its kernel has them."""
 
     tessera_plan: Plan | None = None
     tessera_format: Format | None = None  # the layer is kept in
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.tessera_branches: list[Pair] = []
+        self.tessera_branch_pair: Pair | None = None
         self.tessera_siblings: Siblings | None = None
-        self._powers: tuple = (None, None)  # (which branches, their powers of two or why not)
-        self._encoded: tuple = (None, None)  # (which branches of all siblings, Extended or why not)
+        self._powers: tuple = (None, None)  # (which branch, its powers of two or why not)
+        self._encoded: tuple = (None, None)  # (which group of branches, Extended or why not)
         self._placed: tuple = (lambda: None, None)  # (weak: the buffer, the Extended that stands in it)
 
-    def attach_branch(self, item: Branch, side: SideBranch) -> Detach:
-        """Adds a branch to the product, at the side's strength; the handle takes it out again."""
-        pair = (item, side)
-        self.__dict__["tessera_branches"] = [*self.tessera_branches, pair]  # past nn.Module's slow __setattr__
+    def attach_branch(self, item: Branch, strengths: Strengths) -> Detach:
+        """Takes a stack's branch into the product, in the place of any other; the handle takes it out again."""
+        pair = (item, strengths)
+        self.__dict__["tessera_branch_pair"] = pair  # past nn.Module's slow __setattr__
         return Detach(self, pair)
 
-    def whole(self) -> list[Pair]:
-        """Branches that change the whole output by a product alone."""
-        return [pair for pair in self.tessera_branches if pair[0].fuses]
-
-    def parts(self, x: Tensor | Gated) -> list[LowRankBranch]:
-        cast = comfy.model_management.cast_to_device
-        return [
-            LowRankBranch(cast(item.down.weight, x.device, x.dtype), cast(item.up.weight, x.device, x.dtype),
-                          side.strength_on(x.device)) for item, side in self.whole()
-        ]  # fmt: skip
-
     def joined(self, kernel: str, x: Tensor | Gated, stored: Stored,
-               given: Tensor | Gated) -> tuple[LowRankBranch | None, Prepared | None, list[Pair]]:  # fmt: skip
-        """(all branches of the whole output as one, the input if a sibling has quantized it, the other branches).
+               given: Tensor | Gated) -> tuple[LowRankBranch | None, Prepared | None]:  # fmt: skip
+        """(the low-rank branch, the input if a sibling has quantized it).
 
         `given` is what the layer was called with: x, before it was cast.
         """
-        beside = [pair for pair in self.tessera_branches if not pair[0].fuses]
-        for item, _ in self.whole():
-            item.count()
         siblings = self.tessera_siblings
         if siblings is not None and siblings.serves(kernel, x):
-            return *siblings.serve(self, kernel, x, stored, given), beside
-        parts = self.parts(x)
-        if not parts:
-            return None, None, beside
-        branch = LowRankBranch.join(parts)
-        if not stored.extension:
-            return branch, None, beside
-        powers = self.powers(stored, branch)
-        return self.carried(stored, branch, self.whole(), powers), None, beside
+            return siblings.serve(self, kernel, x, stored, given)
+        branch = self.product(x)
+        if branch is None or not stored.extension:
+            return branch, None
+        return self.carried(stored, branch, self.tessera_branch_pair[0].group, self.powers(stored, branch)), None
+
+    def product(self, x: Tensor | Gated) -> LowRankBranch | None:
+        """This layer's ranks alone, for x."""
+        if self.tessera_branch_pair is None:
+            return None
+        item, strengths = self.tessera_branch_pair
+        return item.product(x, strengths, cast)
 
     def powers(self, stored: Stored, branch: LowRankBranch | None) -> Tensor | str | None:
-        """The powers of two of this layer's own branches, found once; None without any."""
-        which = tuple(id(item) for item, _ in self.whole()), stored.qdata.device
+        """The powers of two of this layer's own ranks, found once; None without any."""
+        which = self._which(stored.qdata.device)
         if self._powers[0] != which and torch.compiler.is_compiling():
             return COMPILING
         if self._powers[0] != which:
@@ -93,23 +81,26 @@ class Carrying:
         return self._powers[1]
 
     def known_powers(self, device: torch.device) -> Tensor | str | None:
-        """`powers` if they were found for the branches that are attached now; a reason if not."""
-        which = tuple(id(item) for item, _ in self.whole()), device
-        if not which[0]:
+        """`powers` if they were found for the branch that is attached now; a reason if not."""
+        which = self._which(device)
+        if which[0] is None:
             return None
         return self._powers[1] if self._powers[0] == which else "a sibling has not run yet"
 
-    def carried(self, stored: Stored, branch: LowRankBranch, pairs: list[Pair], powers: Tensor | str) -> LowRankBranch:
+    def _which(self, device: torch.device) -> tuple:
+        pair = self.tessera_branch_pair
+        return None if pair is None or not pair[0].rank else id(pair[0]), device
+
+    def carried(self, stored: Stored, branch: LowRankBranch, group: Group, powers: Tensor | str) -> LowRankBranch:
         """The branch with its codes in the weight's reserved columns, where they fit; else as it was."""
         if isinstance(powers, str):
             return branch
-        which = tuple(id(item) for item, _ in pairs), stored.qdata.device, stored.extension
+        which = id(group), stored.qdata.device, stored.extension
         if self._encoded[0] != which and torch.compiler.is_compiling():
             return branch
         if self._encoded[0] != which:
-            ranks = [item.down.weight.shape[0] for item, _ in pairs]
-            exact = [side.absorbed for _, side in pairs]
-            self._encoded = which, extended.encode(stored, branch, ranks, exact, powers)
+            ranks = [rank for _, rank in group.runs]
+            self._encoded = which, extended.encode(stored, branch, ranks, group.exact, powers)
         found = self._encoded[1]
         if isinstance(found, str):
             return branch
@@ -121,19 +112,17 @@ class Carrying:
             self._placed = weakref.ref(stored.qdata), found
         return dataclasses.replace(branch, extended=found)
 
-    def carries(self, layers: list[Carrying], device: torch.device, columns: int) -> extended.Extended | None:
+    def carries(self, group: Group | None, device: torch.device, columns: int) -> extended.Extended | None:
         """What this layer's reserved columns will hold for the branches of all siblings, if that is known."""
-        pairs = [pair for member in layers for pair in member.whole()]
-        which = tuple(id(item) for item, _ in pairs), device, columns
-        known = self._encoded[1] if self._encoded[0] == which else None
+        known = self._encoded[1] if self._encoded[0] == (id(group), device, columns) else None
         return known if isinstance(known, extended.Extended) else None
 
-    @staticmethod
-    def added(y: Tensor, x: Tensor, pairs: list[Pair]) -> Tensor:
-        """The output with branches added beside the product."""
-        for item, side in pairs:
-            y = item.add(y, x, side.strength_on(CPU))  # 0-d of the CPU: meets any device without a copy
-        return y
+    def added(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The output of a layer with that bias, with the whole branch added beside the product."""
+        if self.tessera_branch_pair is None:
+            return y
+        item, strengths = self.tessera_branch_pair
+        return item.add(y, x, strengths, cast, bias)
 
     # Reserved columns
 
@@ -173,15 +162,14 @@ class Detach:
 
     def remove(self) -> None:
         layer = self._layer()
-        if layer is not None:
-            layer.__dict__["tessera_branches"] = [p for p in layer.tessera_branches if p is not self._pair]
+        if layer is not None and layer.tessera_branch_pair is self._pair:
+            layer.__dict__["tessera_branch_pair"] = None
 
 
 class Siblings:
     """Layers that are called one after the other with the same input: it is quantized once, for all of them.
 
-    Their branches' down factors are stacked, so that one pass over the input projects it on all of them; in each
-    layer's own factor the others' columns are 0.
+    Their branches' down factors lie below each other in one group, so that one pass over the input projects it on all.
     """
 
     def __init__(self, layers: list[Carrying]):
@@ -191,22 +179,25 @@ class Siblings:
         self._served: set[int] = set()
 
     def serves(self, kernel: str, x: Tensor | Gated) -> bool:
-        return kernel in linear.PREPARE and isinstance(x, Tensor) and x.numel() > 0
+        """Whether the layers can share x: not where one must multiply without its branch first."""
+        shared = kernel in linear.PREPARE and isinstance(x, Tensor) and x.numel() > 0
+        pairs = [member().tessera_branch_pair for member in self._layers] if shared else ()
+        return shared and not any(pair is not None and pair[0].needs_base for pair in pairs)
 
     def serve(self, layer: Carrying, kernel: str, x: Tensor, stored: Stored,
               given: Tensor) -> tuple[LowRankBranch | None, Prepared | None]:  # fmt: skip
-        """(this layer's branch, as wide as all siblings'; the input, quantized by the first of them).
+        """(this layer's branch, its input projected with that of all siblings; the input, quantized by the first).
 
         Inside a compiled graph every layer quantizes for itself: what is kept from call to call would break it.
         """
         layers = [member() for member in self._layers]
-        branch = self._branch(layers, layer, x, stored)
+        group, branch = self._branch(layers, layer, x, stored)
         if torch.compiler.is_compiling():
             return branch, None
         self._enter(layer, given)
         key = kernel, stored.group, stored.extension, branch is not None and branch.extended is not None
         if key not in self._prepared:
-            self._prepare_both(layers, layer, key, x, stored, branch)
+            self._prepare_both(layers, layer, group, key, x, stored, branch)
         if key not in self._prepared:
             self._prepared[key] = linear.prepare(kernel, x, stored, branch)
         found = self._prepared[key]
@@ -215,7 +206,7 @@ class Siblings:
             self._clear()
         return branch, found
 
-    def _prepare_both(self, layers, layer: Carrying, key: tuple, x: Tensor, stored: Stored, branch) -> None:
+    def _prepare_both(self, layers, layer: Carrying, group, key: tuple, x: Tensor, stored: Stored, branch) -> None:
         """Where a sibling takes the other of nvfp4 and mxfp8, one pass over the input serves both."""
         other = {"nvfp4": "mxfp8", "mxfp8": "nvfp4"}.get(key[0])
         partner = next((m for m in layers if m is not layer and m.tessera_plan.kernel == other), None)
@@ -225,7 +216,7 @@ class Siblings:
         if scale is not None:
             scale = comfy.model_management.cast_to_device(scale, x.device, None)
         theirs = dataclasses.replace(stored, kind=other, extension=columns, input_scale=scale)
-        mine, carried = None if branch is None else branch.extended, partner.carries(layers, x.device, columns)
+        mine, carried = None if branch is None else branch.extended, partner.carries(group, x.device, columns)
         nvfp4_first = key[0] == "nvfp4"
         stores, insides = ((stored, theirs), (mine, carried)) if nvfp4_first else ((theirs, stored), (carried, mine))
         found = extended.both(x.reshape(-1, x.shape[-1]), *stores, branch, insides)
@@ -241,21 +232,27 @@ class Siblings:
     def _clear(self) -> None:
         self._input, self._prepared, self._served = lambda: None, {}, set()
 
-    def _branch(self, layers: list[Carrying], layer: Carrying, x: Tensor, stored: Stored) -> LowRankBranch | None:
-        stacked = {id(member): member.parts(x) for member in layers}
-        if not any(stacked.values()):
-            return None
-        parts = []
-        for member in layers:
-            for part in stacked[id(member)]:
-                up = part.up if member is layer else part.up.new_zeros(stored.shape[0], part.up.shape[1])
-                parts.append(dataclasses.replace(part, up=up))
-        branch = LowRankBranch.join(parts)
+    def _branch(self, layers: list[Carrying], layer: Carrying, x: Tensor,
+                stored: Stored) -> tuple[Group | None, LowRankBranch | None]:  # fmt: skip
+        """(the group of all siblings' branches, this layer's, with the down factors of all)."""
+        pair = next((m.tessera_branch_pair for m in layers if m.tessera_branch_pair and m.tessera_branch_pair[0].rank),
+                    None)  # fmt: skip
+        if pair is None:
+            return None, None
+        (item, strengths), own = pair, layer.tessera_branch_pair
+        group, span = item.group, (0, 0) if own is None else own[0].span
+        up = cast(own[0].up.weight, x.device, x.dtype) if own and own[0].rank else x.new_zeros(stored.shape[0], 0)
+        branch = LowRankBranch(cast(group.stacked.weight, x.device, x.dtype), up,
+                               strengths.vector(group.runs, x.device), span)  # fmt: skip
         if not stored.extension:
-            return branch
-        own = stacked[id(layer)]
-        layer.powers(stored, LowRankBranch.join(own) if own else None)
+            return group, branch
+        layer.powers(stored, branch.own() if span[1] > span[0] else None)
         known = [member.known_powers(stored.qdata.device) for member in layers]
         reason = next((found for found in known if isinstance(found, str)), None)
         powers = reason or torch.cat([found for found in known if found is not None])
-        return layer.carried(stored, branch, [pair for member in layers for pair in member.whole()], powers)
+        return group, layer.carried(stored, branch, group, powers)
+
+
+def cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor there, and as it is if it is there already."""
+    return comfy.model_management.cast_to_device(tensor, device, dtype)

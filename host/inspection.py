@@ -103,7 +103,8 @@ def _row(name: str, label: str, plan: Plan, layer: Carrying, cost) -> Row:
     weight = layer.weight
     nbytes = sum(t.nbytes for t in weight.state_dict().values()) if isinstance(
         weight, comfy.quant_ops.QuantizedTensor) else weight.nbytes  # fmt: skip
-    ranks = [item.down.weight.shape[0] for item, _ in layer.tessera_branches]
+    item, strengths = layer.tessera_branch_pair or (None, None)
+    ranks = [] if item is None else [rank for _, rank in item.runs]
     return Row(name, label, layer.tessera_format.label, plan.path, plan.kernel, plan.reason, tuple(layer._orig_shape),
                nbytes, dict(layer.tessera_runs), *cost, ranks)  # fmt: skip
 

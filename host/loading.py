@@ -84,7 +84,7 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, speed: st
     )
     clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {}), speed, cache))
     wiring.wire(clip.patcher)
-    _attach_own(file, clip.patcher, branches, text_encoder=True)
+    _attach_own(file, clip.patcher, branches)
     _announce(file, clip.patcher, loading)
     return clip
 
@@ -205,7 +205,7 @@ def _branches_in(state_dict: dict) -> int:
     return sum(key.endswith(f".{BRANCH[0]}") for key in state_dict)
 
 
-def _attach_own(file: Checkpoint, patcher, expected: int, text_encoder: bool = False) -> None:
+def _attach_own(file: Checkpoint, patcher, expected: int) -> None:
     """Attaches the branches that our `Linear` took. Raises ValueError if not all of them came to a layer."""
     taken = {name: vars(m).pop("tessera_branch") for name, m in patcher.model.named_modules()
              if "tessera_branch" in vars(m)}  # fmt: skip
@@ -213,7 +213,7 @@ def _attach_own(file: Checkpoint, patcher, expected: int, text_encoder: bool = F
         raise ValueError(f"{file.name}: only {len(taken)} of {expected} branches belong to a linear layer of this "
                          "model; without them it would be wrong, use the original")  # fmt: skip
     if taken:
-        attaching.attach_own(patcher, file.name, taken, text_encoder)
+        attaching.attach_own(patcher, file.name, taken)
 
 
 def _announce(file: Checkpoint, patcher, loading: Loading) -> None:

@@ -22,7 +22,7 @@ from ..kernels.dispatch import Plan
 from ..kernels.linear import Gated, Stored
 from ..quantization.lowrank import LowRank
 from . import layouts
-from .carrying import EXTENDED, KINDS, Carrying
+from .carrying import EXTENDED, KINDS, Carrying, cast
 
 if TYPE_CHECKING:
     from .operations import Loading
@@ -139,24 +139,29 @@ class Planned(Carrying):
         y = super().forward(self._taken(input) if native else input, *args, **kwargs).to(input.dtype)
         if plan is not None:
             self._count("host" if native else "host, decoded")
-        return self.added(y, input, self.tessera_branches)
+        return self.added(y, input, self._bias(input))
 
     def _multiply(self, x: Tensor | Gated, input: Tensor | Gated, weight, bias: Tensor | None,
                   given: Tensor | Gated) -> Tensor:  # fmt: skip
         """The product of x, and the branches of `input`: the same, but for smoothing; siblings share what was given."""
         if not isinstance(weight, comfy.quant_ops.QuantizedTensor):  # the host has merged a LoRA while casting
             self._count("host, decoded")
-            input = linear.dense(input)
             y = torch.nn.functional.linear(linear.dense(x), weight.to(x.dtype), bias)
-            return self.added(y, input, self.tessera_branches)
+            return self.added(y, linear.dense(input), bias)
         kernel, stored = self.tessera_plan.kernel, self._stored(weight, x)
         self._count(kernel)
-        if x is not input:  # a branch sees the input as it is, before smoothing
-            y = linear.run(kernel, x, stored, bias)
-            return self.added(y, input, self.tessera_branches)
-        branch, prepared, beside = self.joined(kernel, x, stored, given)
+        item, strengths = self.tessera_branch_pair or (None, None)
+        if item is not None and (x is not input or item.needs_base):  # a branch sees the input as it is, unsmoothed
+            return self.added(linear.run(kernel, x, stored, bias), linear.dense(input), bias)
+        if item is not None:
+            item.count()
+            bias = item.biased(bias, x, strengths, cast)
+        branch, prepared = (None, None) if x is not input else self.joined(kernel, x, stored, given)
         y = linear.run(kernel, x, stored, bias, branch, prepared)
-        return self.added(y, linear.dense(x), beside) if beside else y
+        return y if item is None else item.beside(y, linear.dense(x) if item.extras else x, strengths, None)
+
+    def _bias(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else cast(self.bias, x.device, x.dtype)
 
     def _stored(self, weight, x: Tensor | Gated) -> Stored:
         params, kind = weight._params, KINDS[weight._layout_cls]

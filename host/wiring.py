@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import comfy.patcher_extension
 import torch
@@ -33,45 +34,68 @@ class Wiring:
 
     def inject(self, patcher) -> None:
         self.eject(patcher)
-        done = []
-        for siblings, module, method, target in _places(patcher.model):
-            shared = Siblings(siblings)
-            for layer in siblings:
-                layer.__dict__["tessera_siblings"] = shared
-                done.append((layer, "tessera_siblings"))
-            if target is not None:
-                setattr(module, method, _gate(module, method, target))
-                done.append((module, method))
-        patcher.model.__dict__[KEY] = (weakref.ref(patcher), done)
+        for place in _places(patcher.model):
+            for layer in place.layers:
+                layer.__dict__["tessera_siblings"] = place.siblings
+            if place.gate is not None:
+                place.module.__dict__[place.method] = place.gate
+        patcher.model.__dict__[KEY] = weakref.ref(patcher)
 
     def eject(self, patcher) -> None:
         """Takes everything back, unless another patcher has wired the model since."""
-        owner, done = patcher.model.__dict__.get(KEY, (lambda: patcher, ()))
-        if owner() is not patcher and owner() is not None:
+        owner = patcher.model.__dict__.get(KEY)
+        if owner is None or owner() not in (patcher, None):
             return
-        for module, name in done:
-            if name == "tessera_siblings":
-                module.__dict__["tessera_siblings"] = None
-            else:
-                module.__dict__.pop(name, None)  # the class's own method stands behind it
+        for place in _places(patcher.model):
+            for layer in place.layers:
+                layer.__dict__["tessera_siblings"] = None
+            place.module.__dict__.pop(place.method, None)  # the class's own method stands behind it
         patcher.model.__dict__.pop(KEY, None)
 
 
-def _places(model: torch.nn.Module) -> list[tuple[list[Planned], torch.nn.Module, str, Planned | None]]:
-    """(siblings, block, its gating method, the layer behind it) of a model, found once: plans do not change."""
-    if PLACES not in model.__dict__:
-        found = []
-        for module in model.modules():
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A block whose layers share an input, or that hands its gate on."""
+
+    module: torch.nn.Module
+    paths: tuple[str, ...]  # of the siblings
+    layers: tuple[Planned, ...]
+    siblings: Siblings | None
+    method: str  # that computes the gate
+    gate: Callable | None
+
+
+class Places(list):
+    """Of one model: a copied one finds its own."""
+
+    def __deepcopy__(self, memo):
+        return None
+
+
+def _places(model: torch.nn.Module) -> Places:
+    """Found once: plans do not change."""
+    if model.__dict__.get(PLACES) is None:
+        model.__dict__[PLACES] = found = Places()
+        for path, module in model.named_modules():
             kind = _kind(type(module))
-            layers = [getattr(module, name, None) for name in SIBLINGS.get(kind, ())]
-            layers = layers if all(isinstance(layer, Planned) and layer.tessera_plan for layer in layers) else []
+            names = SIBLINGS.get(kind, ())
+            layers = tuple(getattr(module, name, None) for name in names)
+            shared = bool(layers) and all(isinstance(layer, Planned) and layer.tessera_plan for layer in layers)
+            layers = layers if shared else ()
             method, name = GATES.get(kind, ("", ""))
             target = getattr(module, name, None) if name else None
             gates = isinstance(target, Planned) and target.tessera_plan and target.tessera_plan.kernel in GATING
             if layers or gates:
-                found.append((layers, module, method, target if gates else None))
-        model.__dict__[PLACES] = found
+                paths = tuple(f"{path}.{name}" for name in names) if layers else ()
+                siblings = Siblings(list(layers)) if layers else None
+                gate = _gate(module, method, target) if gates else None
+                found.append(Place(module, paths, layers, siblings, method, gate))
     return model.__dict__[PLACES]
+
+
+def sharing(model: torch.nn.Module) -> list[tuple[str, ...]]:
+    """Paths of layers that are called with the same input and quantize it once."""
+    return [place.paths for place in _places(model) if place.paths]
 
 
 @functools.cache

@@ -27,7 +27,9 @@ class Extended:
 
 
 def powers(weight: Stored, branch: LowRankBranch) -> Tensor | str:
-    """d [r], the powers of two that balance a branch for that weight (balance.py), or why it must go beside it."""
+    """d [r], the powers of two that balance a layer's own ranks for its weight (balance.py), or why they must go beside
+    it."""
+    branch = branch.own()
     scale = None if weight.kind == "mxfp8" else weight.scale
     found = balance(weight.kind, branch.down, branch.up, scale, input_scale=weight.input_scale)
     return found if isinstance(found, str) else torch.exp2(found.exponents.double()).float().to(branch.down.device)
@@ -37,8 +39,8 @@ def encode(weight: Stored, branch: LowRankBranch, ranks: Sequence[int], exact: S
            powers: Tensor) -> Extended | str:  # fmt: skip
     """Stacked branches of these ranks for the reserved columns of that weight, or why they must be added beside it.
 
-    `exact` ones have both factors as hi + lo: LoRAs whose own accuracy counts. Siblings share their stacked down and
-    its powers; up is 0 in the columns of the others.
+    `exact` ones have both factors as hi + lo: LoRAs whose own accuracy counts. Siblings share their stacked down [t, in]
+    and its powers [t]; up is 0 in the columns of the others.
     """
     if not weight.extension:
         return "no columns are reserved"
@@ -48,7 +50,10 @@ def encode(weight: Stored, branch: LowRankBranch, ranks: Sequence[int], exact: S
     if layout.columns > weight.extension:
         return f"the branches need {layout.columns} columns, {weight.extension} are reserved"
     scale = None if weight.kind == "mxfp8" else weight.scale
-    return Extended(powers, layout, kextension.encode_up(weight.kind, branch.up.float() / powers, scale, layout))
+    up = branch.up.float()
+    if branch.span is not None:
+        up = torch.nn.functional.pad(up, (branch.span[0], len(powers) - branch.span[1]))
+    return Extended(powers, layout, kextension.encode_up(weight.kind, up / powers, scale, layout))
 
 
 def scales(weight: Stored) -> Tensor:

@@ -76,30 +76,34 @@ class Prepared:
 
 @dataclass(frozen=True)
 class LowRankBranch:
-    """All low-rank branches of a layer beside each other: y += up (strength * (down x))."""
+    """All low-rank branches of a layer as one: y += up (strength * (down x))."""
 
-    down: Tensor  # [r, in]
+    down: Tensor  # [t, in], of all layers that share the input
     up: Tensor  # [out, r]
-    strength: Tensor  # [r] or []: moved without touching a weight
+    strength: Tensor  # [t] or []: moved without touching a weight
+    span: tuple[int, int] | None = None  # which of the t ranks are this layer's; None: all
     extended: Extended | None = None  # the same, encoded, where the weight carries it in reserved columns
 
-    @classmethod
-    def join(cls, branches: list[LowRankBranch]) -> LowRankBranch:
-        """Several as one, concatenated in rank."""
-        if len(branches) == 1:
-            return branches[0]
-        strengths = [b.strength.expand(b.down.shape[0]) for b in branches]
-        return cls(torch.cat([b.down for b in branches]), torch.cat([b.up for b in branches], 1), torch.cat(strengths))
+    def own(self) -> LowRankBranch:
+        """Without the ranks of other layers."""
+        if self.span is None:
+            return self
+        part = slice(*self.span)
+        return LowRankBranch(self.down[part], self.up, self.strength[part] if self.strength.ndim else self.strength)
 
     def middle(self, x: Tensor) -> Tensor:
-        """strength * (x down^T) [M, r], in x's dtype: from the input as it is, not as a kernel rounds it."""
+        """strength * (down x) [M, t], in x's dtype: from the input as it is, not as a kernel rounds it."""
         if x.device.type == "cpu" and x.dtype != torch.float32:  # 16-bit products are emulated on many CPUs
             return (torch.nn.functional.linear(x.float(), self.down.float()) * self.strength).to(x.dtype)
         return torch.nn.functional.linear(x, self.down) * self.strength.to(x.dtype)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y [M, out] with the branch added in place; one product, no second output."""
-        return y.addmm_(self.middle(x), self.up.T)
+        return y.addmm_(self.own().middle(x), self.up.T)
+
+    def mine(self, t: Tensor) -> Tensor:
+        """This layer's columns of a middle [M, t] that was computed for all."""
+        return t if self.span is None else t[:, slice(*self.span)].contiguous()
 
 
 Input = Tensor | Gated
@@ -138,7 +142,10 @@ def kernel(name: str) -> Callable[[Kernel], Kernel]:
 
 
 def _factors(branch: LowRankBranch | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if branch is None else (branch.down, branch.strength, branch.up)
+    if branch is None or not branch.up.shape[1]:
+        return None, None, None
+    branch = branch.own()
+    return branch.down, branch.strength, branch.up
 
 
 def dense(x: Input) -> Tensor:
@@ -171,20 +178,23 @@ def _kitchen_int8(x, weight, bias, branch, prepared):
 def _kitchen_int8_residual(x, weight, bias, branch, prepared):
     """The branch is added in the epilogue, before the only rounding."""
     x = dense(x)
-    residual = None if branch is None else branch.middle(x) @ branch.up.T
+    residual = None if branch is None else branch.own().middle(x) @ branch.up.T
     return ops.kitchen_int8(x, weight.qdata, weight.scale, weight.group, bias, residual)
 
 
 @kernel("int8_fused")
 def _int8_fused(x, weight, bias, branch, prepared):
-    if branch is not None and branch.down.shape[0] > ops.MAX_RANK:
-        return branch.add_to(_int8_fused(x, weight, bias, None, None), dense(x))
     x_q = prepared or _rotated(x, weight, branch)
-    t, up = (None, None) if branch is None else (x_q.t, branch.up)
-    return ops.int8_gemm(x_q.q, x_q.scale, weight.qdata, weight.scale, bias, t, up, x.dtype)
+    fits = branch is not None and x_q.t is not None and branch.up.shape[1] > 0
+    t, up = (branch.mine(x_q.t), branch.up) if fits else (None, None)
+    y = ops.int8_gemm(x_q.q, x_q.scale, weight.qdata, weight.scale, bias, t, up, x.dtype)
+    return y if branch is None or x_q.t is not None else branch.add_to(y, dense(x))
 
 
 def _rotated(x: Input, weight: Stored, branch: LowRankBranch | None) -> Prepared:
+    """x rotated and quantized, and projected on the branch where that is not too wide."""
+    if branch is not None and branch.down.shape[0] > ops.MAX_RANK:
+        branch = None
     down, strength = (None, None) if branch is None else (branch.down, branch.strength)
     gate, up = (x.gate, x.up) if isinstance(x, Gated) else (x, None)
     q, scale, t = ops.rotate_quantize_int8(gate, up, weight.group, down, strength)
@@ -197,9 +207,10 @@ PREPARE["int8_fused"] = _rotated
 @kernel("weight_only")
 def _weight_only(x, weight, bias, branch, prepared):
     x = dense(x)
-    if branch is not None and branch.down.shape[0] > ops.MAX_RANK:
+    branch = None if branch is None else branch.own()
+    if branch is not None and branch.up.shape[1] > ops.MAX_RANK:
         return branch.add_to(_weight_only(x, weight, bias, None, None), x)
-    t, up = (None, None) if branch is None else (branch.middle(x), branch.up)
+    t, up = (None, None) if branch is None or not branch.up.shape[1] else (branch.middle(x), branch.up)
     return ops.weight_only_gemm(
         x, weight.kind, weight.qdata, weight.scale, weight.block_scale, weight.shape[0], bias, t, up
     )

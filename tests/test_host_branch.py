@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfy_host import PastHooks, Trajectory, node, relative, sample
-from tessera.branch import SideBranch
 
 pytestmark = pytest.mark.host
 LAYER = "diffusion_model.layers.0.feed_forward.w1"
@@ -45,7 +44,9 @@ def forward(model, seed=0):
 
 
 def hooks(model):
-    return sum(len(m._forward_hooks) for m in model.model.modules())
+    """Branches on a model's layers: as hooks, or in layers of ours."""
+    modules = list(model.model.modules())
+    return sum(len(m._forward_hooks) + (getattr(m, "tessera_branch_pair", None) is not None) for m in modules)
 
 
 @pytest.fixture
@@ -200,8 +201,9 @@ def test_strength_written_to_an_injected_model_acts_at_once(model, tiny, pair):
     """What a strength schedule does: no reload, no new hook."""
     fixed = correct(model, tiny["lora"], 1.0)
     forward(fixed)
-    [side] = [i[0].inject.__self__ for i in fixed.injections.values() if isinstance(i[0].inject.__self__, SideBranch)]
-    side.set_strength(0.25)
+    from tessera.host import stacking
+
+    fixed.get_attachment(stacking.STACK).strengths.set([0.25])
     assert effect(fixed, model, pair) == pytest.approx(0.25, abs=2e-3)
 
 

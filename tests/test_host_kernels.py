@@ -416,7 +416,7 @@ def test_the_hosts_fused_linear_calls_transcoded_layers_with_their_branch(models
 
     corrected = loaded(node("TesseraCorrectionLoRA").execute(ours(tiny["model"]), tiny["lora"], 1.0).args[0])
     layer, x = layer_of(corrected), inputs(2, 40)
-    assert layer.tessera_plan.target.startswith("int8") and layer.tessera_branches
+    assert layer.tessera_plan.target.startswith("int8") and layer.tessera_branch_pair
     wanted = layer(torch.nn.functional.gelu(x, approximate="tanh"))
     assert torch.equal(comfy.ops.linear_input_act(layer, x, "gelu_tanh"), wanted)
     corrected.detach()

@@ -77,9 +77,17 @@ def test_a_gate_is_multiplied_like_its_product(name):
     assert y.shape == (2, 9, SHAPE[0]) and (y - wanted).norm() < 1.5 * near(name) * wanted.norm()
 
 
-def test_joined_branches_are_the_sum_of_each():
-    x = torch.randn(5, 96)
-    parts = [LowRankBranch(torch.randn(r, 96), torch.randn(48, r), torch.tensor(s)) for r, s in ((2, 0.5), (3, 2.0))]
-    wanted = sum(p.strength * x @ p.down.T @ p.up.T for p in parts)
-    torch.testing.assert_close(LowRankBranch.join(parts).add_to(torch.zeros(5, 48), x), wanted)
-    assert LowRankBranch.join(parts[:1]) is parts[0]
+@pytest.mark.parametrize("rank", [0, 3, 300])
+@pytest.mark.parametrize("name", linear.KERNELS)
+def test_of_ranks_that_siblings_share_a_layer_takes_its_own(name, rank):
+    """Before the siblings' input is prepared, and with it prepared."""
+    torch.manual_seed(0)
+    weight, decoded = stored(name)
+    x, span = torch.randn(9, SHAPE[1]), (2, 2 + rank)
+    strength = torch.rand(rank + 7)
+    shared = LowRankBranch(torch.randn(rank + 7, SHAPE[1]) * 0.05, torch.randn(SHAPE[0], rank) * 0.05, strength, span)
+    wanted = x @ decoded.T + (x @ shared.down[2 : 2 + rank].T * strength[2 : 2 + rank]) @ shared.up.T
+    ways = [None, linear.prepare(name, x, weight, shared)] if name in linear.PREPARE else [None]
+    for prepared in ways:
+        y = linear.run(name, x, weight, None, shared, prepared)
+        assert (y - wanted).norm() < near(name) * wanted.norm()
