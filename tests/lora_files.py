@@ -166,9 +166,11 @@ def make(kind, weight, seed=0):
     return (KINDS | WITH_BIAS)[kind](Maker(weight, seed))
 
 
-def save(path, layers, dtype=torch.float16, seed=0):
-    """A file of {layer's name in the file: (kind or function of a Maker, weight [out, in])}; matrices in `dtype`."""
-    tensors = {}
+def save(path, layers, dtype=torch.float16, seed=0, others=None):
+    """A file of {layer's name in the file: (kind or function of a Maker, weight [out, in])}, factors in `dtype`.
+
+    `others` are tensors by their whole names."""
+    tensors = {key: _stored(value, dtype) for key, value in (others or {}).items()}
     for number, (base, (kind, weight)) in enumerate(layers.items()):
         made = make(kind, weight, seed + number) if isinstance(kind, str) else kind(Maker(weight, seed + number))
         tensors |= {f"{base}{suffix}": _stored(value, dtype) for suffix, value in made.items()}
