@@ -1,4 +1,4 @@
-"""The models of the LoRA tests: the tiny Z-Image and a mini Flux in every format, and a file with every kind for each."""
+"""The models of LoRA tests: the tiny Z-Image and a mini Flux in every format; for each a file with every kind."""
 
 import shutil
 

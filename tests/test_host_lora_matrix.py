@@ -94,7 +94,7 @@ def test_halves_that_a_file_keeps_the_other_way_round(case):
 
 
 def test_nothing_of_the_file_is_left_out(case):
-    """Every layer that ComfyUI would patch is among those that were checked, and the summary says nothing is ignored."""
+    """Every layer that ComfyUI would patch is among those checked, and the summary says that nothing is ignored."""
     checked = {layer for found in models_.layers_by_kind(case.name).values() for layer in found}
     checked |= {layer for _, layer, _, _ in models_.SLICES[case.name].values()}
     checked |= {"final_layer.adaLN_modulation.1"} if case.name in models_.TURNED else set()
