@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .calibrate import Calibrate, CalibrateCLIP, LoadCalibration, SaveCalibration
+from .extract import ExtractLoRA
 from .inspect import Inspect
 from .loaders import CLIPLoader, DiffusionModelLoader
 from .lora import CorrectionLoRA
@@ -13,7 +14,7 @@ from .quantize import Quantize
 
 NODES: list[type[io.ComfyNode]] = [
     DiffusionModelLoader, CLIPLoader, CorrectionLoRA, Quantize,
-    Calibrate, CalibrateCLIP, SaveCalibration, LoadCalibration, Plan, Inspect,
+    Calibrate, CalibrateCLIP, SaveCalibration, LoadCalibration, Plan, ExtractLoRA, Inspect,
 ]  # fmt: skip
 
 
