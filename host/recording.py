@@ -17,7 +17,7 @@ import comfy.patcher_extension
 import torch
 from torch import nn
 
-from ..branch import HOOKS
+from ..injection import HOOKS
 from ..quantization.calibration import Calibration, fingerprint
 from ..quantization.recorder import DEFAULTS, GB, Forward, Recorder, RecordOptions
 from .attaching import TRUNK
