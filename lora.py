@@ -1,13 +1,18 @@
-"""LoRA files: low-rank pairs in every spelling, by the name of what they change."""
+"""LoRA files: adapters of every kind, or plain low-rank pairs, in every spelling, by the name of what they change."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .checkpoint import PREFIXES, Checkpoint
+from .adapters import parts as adapter_parts
+from .adapters.kinds import Change
+from .checkpoint import PREFIXES, Checkpoint, read_header
 from .formats import TensorSpec
 from .quantization.lowrank import LowRank
 
@@ -17,6 +22,139 @@ _PART = re.compile(
 _UP = ("lora_up", "lora_B", "lora.up")
 _OTHERS = {"alpha": "alpha", "diff_b": "bias"}  # parts of a pair that stand under their own name
 OTHER_ADAPTERS = ("dora_scale", "lokr_", "hada_", "oft_", "glora", ".diff", ".set_weight", "reshape_weight", "lora_mid")
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+STARTS = {  # of files that are no safetensors: what they are
+    b"PK\x03\x04": "a pickle or zip archive", b"\x80": "a pickle", b"GGUF": "a GGUF file", b"<": "a web page",
+    b"version ": "a Git LFS pointer, not the file itself",
+}  # fmt: skip
+SCALES = (".weight_scale", ".weight_scale_2", ".scale_weight", ".comfy_quant", ".quant_state")  # of quantized tensors
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+DAMAGED = "the file is damaged, download it again"
+UNKNOWN = {  # ends of keys that some tools write: why nothing comes of them
+    "lora_magnitude_vector": "a magnitude of PEFT's DoRA, which ComfyUI does not load",
+    "lora_magnitude_vector.weight": "a magnitude of PEFT's DoRA, which ComfyUI does not load",
+    "lora_B.bias": "a factor's own bias, which ComfyUI does not load",
+}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a LoRA file changes, by base name (repeated prefixes stripped)."""
+
+    name: str
+    identity: tuple[str, int, int]  # path, time of change in ns, bytes
+    changes: dict[str, Change] = field(default_factory=dict)
+    raw: dict[str, dict[str, Tensor]] = field(
+        default_factory=dict
+    )  # by base: the tensors as ComfyUI's loader takes them
+    ignored: dict[str, str] = field(default_factory=dict)  # by key: why nothing comes of it
+
+
+def read_adapters(path: Path, rename: Callable[[dict], dict] | None = None) -> AdapterFile:
+    """Everything a LoRA file changes, of every kind and in every spelling that ComfyUI loads, read once.
+
+    `rename` gets all tensors by key and gives them under the keys to go by. What no adapter is made of is in `ignored`.
+    Raises ValueError naming file, layer, finding and remedy if the file is damaged, incomplete or no LoRA at all.
+    """
+    path = Path(path)
+    tensors = _tensors(path)
+    if rename is not None:
+        try:
+            tensors = rename(tensors)
+        except KeyError as missing:
+            raise ValueError(f"{path.name}: {missing.args[0]} is missing; {adapter_parts.INCOMPLETE}") from None
+    stat = path.stat()
+    file = AdapterFile(path.name, (str(path.resolve()), stat.st_mtime_ns, stat.st_size))
+    for base, found in _by_base(file, tensors).items():
+        try:
+            change, unused = adapter_parts.change(found.parts)
+        except ValueError as problem:
+            remedy = "" if ";" in str(problem) else f"; {DAMAGED}"
+            raise ValueError(f"{path.name}: {base}: {problem}{remedy}") from None
+        file.ignored.update({base + found.suffixes[part]: why for part, why in unused.items()})
+        if change is not None:
+            file.changes[base], file.raw[base] = change, found.raw(base, unused)
+    if not file.changes:
+        raise _no_lora(file.name, tensors, file.ignored)
+    return file
+
+
+def _by_base(file: AdapterFile, tensors: dict[str, Tensor]) -> dict[str, adapter_parts.Found]:
+    bases: dict[str, adapter_parts.Found] = {}
+    scaled = next((key for key in tensors if key.endswith(SCALES)), None)
+    for key, tensor in tensors.items():
+        place = adapter_parts.split(key)
+        if place is None:
+            file.ignored[key] = next((why for end, why in UNKNOWN.items() if key.endswith(end)),
+                                     "not a part of any adapter that ComfyUI loads")  # fmt: skip
+            continue
+        base, part, suffix = place
+        found = bases.setdefault(strip_repeated_prefix(base), adapter_parts.Found())
+        if part in found.parts:
+            raise ValueError(f"{file.name}: {key}: the file has this twice, in two spellings; keep one of them")
+        if part not in ("alpha", "reshape_weight"):
+            tensor = _plain(file.name, key, tensor, scaled)
+        if not adapter_parts.finite(tensor):
+            raise ValueError(f"{file.name}: {key}: holds NaN or infinite numbers; {DAMAGED}")
+        found.parts[part], found.suffixes[part] = tensor, suffix
+    return bases
+
+
+def _plain(file: str, key: str, tensor: Tensor, scaled: str | None) -> Tensor:
+    """Numbers to compute with: fp8 without scales in fp16, which holds every one of them, doubles in fp32."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        if tensor.dtype in FP8 and scaled is None:
+            return tensor.half()
+        beside = f" with scales ({scaled})" if scaled else ""
+        raise ValueError(f"{file}: {key}: is {TensorSpec(tensor.dtype, tuple(tensor.shape))}{beside}, a quantized "
+                         "factor; use the LoRA in 16 bit")  # fmt: skip
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _no_lora(file: str, tensors: dict[str, Tensor], ignored: dict[str, str]) -> ValueError:
+    if not tensors:
+        return ValueError(f"{file}: holds no tensors; {DAMAGED}")
+    first, why = next(iter(ignored.items()))
+    weights = sum(key.endswith(".weight") for key in tensors)
+    if weights > len(tensors) // 4:
+        return ValueError(f"{file}: is a model and not a LoRA ({len(tensors)} tensors, no adapter; first: {first}); "
+                          "put it in the folder for models")  # fmt: skip
+    return ValueError(f"{file}: none of its {len(tensors)} tensors belongs to a LoRA; first: {first}: {why}")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in one pass. Never unpickles: raises ValueError for any other file."""
+    try:
+        _, specs, offsets = read_header(path)
+    except ValueError as problem:
+        raise _other_file(path) or problem from None
+    tensors = {}
+    with open(path, "rb", buffering=0) as file:
+        for key, spec in specs.items():
+            buffer = torch.empty(spec.nbytes, dtype=torch.uint8)
+            view, done = memoryview(buffer.numpy()), 0
+            file.seek(offsets[key])
+            while done < spec.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{path.name}: {key}: file ends inside the tensor; it changed while being read")
+                done += count
+            tensors[key] = buffer.view(spec.dtype).reshape(spec.shape)
+    return tensors
+
+
+def _other_file(path: Path) -> ValueError | None:
+    """Says what a file is that is no safetensors, if that can be seen."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        start = file.read(8)
+    header = start[4:] == bytes(4)  # a safetensors' own length; its first bytes can be anything
+    what = None if header else next((what for magic, what in STARTS.items() if start.startswith(magic)), None)
+    if (path.suffix.lower() in PICKLES and not header) or (what and "pickle" in what):
+        return ValueError(f"{path.name}: is {what or 'a pickle'}: opening one can run any program that is in it, so "
+                          "Tessera does not; convert it to safetensors")  # fmt: skip
+    return ValueError(f"{path.name}: is {what}; download the LoRA again as safetensors") if what else None
 
 
 def read(path: Path) -> dict[str, LowRank]:
