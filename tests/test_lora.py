@@ -1,16 +1,11 @@
 """A LoRA file in any spelling becomes the same pairs; a fitted pair is the best one of its rank."""
 
-import itertools
-import re
-
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-from tessera import branch, lora
+from tessera import lora
 from tessera.quantization import lowrank
-from tessera.quantization.lowrank import LowRank
 
 SPELLINGS = {
     "kohya": ("{}.lora_up.weight", "{}.lora_down.weight"),
@@ -126,6 +121,19 @@ def test_anything_else_is_refused_by_name(tmp_path, tensors, words):
         read(tmp_path, tensors)
 
 
+@pytest.mark.parametrize(
+    "second", ["diffusion_model.a.lora_B.weight", "diffusion_model.model.diffusion_model.a.lora_up.weight"]
+)
+def test_one_factor_in_two_spellings_is_refused(tmp_path, second):
+    tensors = {
+        "diffusion_model.a.lora_up.weight": torch.zeros(4, 2),
+        "diffusion_model.a.lora_down.weight": torch.zeros(2, 4),
+    }
+    save_file(tensors | {second: torch.zeros(4, 2)}, tmp_path / "twice.safetensors")
+    with pytest.raises(ValueError, match=r"twice\.safetensors: .*twice, in two spellings"):
+        lora.read(tmp_path / "twice.safetensors")
+
+
 # ---- fitting
 
 
@@ -181,64 +189,3 @@ def test_half_balances_the_factors_and_keeps_the_product(scale):
     torch.testing.assert_close(norms[0], norms[1], rtol=10 * FP16, atol=0)
     distance = (half.weight() - fitted.weight()).norm() / fitted.weight().norm()
     assert distance < FP16
-
-
-# ---- what fits a model
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.norm = nn.Linear(20, 36), nn.LayerNorm(20)
-
-
-TARGETS = {
-    "diffusion_model.qkv": ("qkv", None),
-    "diffusion_model.to_k": ("qkv", (12, 12)),
-    "diffusion_model.norm": ("norm", None),
-}
-PAIR, WIDE = LowRank(UP, DOWN), LowRank(random(36, 4), DOWN)
-
-
-def test_match_gives_module_pair_rows_and_what_is_left():
-    pairs = {"diffusion_model.qkv": WIDE, "diffusion_model.to_k": PAIR, "text.w": PAIR}
-    matched, unmatched = branch.match("a.safetensors", pairs, TARGETS, Model())
-    assert matched == [("qkv", WIDE, None), ("qkv", PAIR, (12, 12))] and unmatched == ["text.w"]
-
-
-@pytest.mark.parametrize(("pairs", "words"), [
-    ({"x.w": PAIR, "y.w": PAIR}, "0 of 2 LoRA layers match this model; first unmatched key x.w; .*another model"),
-    ({}, "0 of 0 LoRA layers match this model"),
-    ({"diffusion_model.qkv": PAIR}, "diffusion_model.qkv: the LoRA is [12, 20], the layer [36, 20]; .*another model"),
-    ({"diffusion_model.to_k": WIDE}, "diffusion_model.to_k: the LoRA is [36, 20], the layer [12, 20]"),
-    ({"diffusion_model.norm": PAIR}, "diffusion_model.norm: is a LayerNorm, not a linear layer"),
-])  # fmt: skip
-def test_a_lora_for_another_model_is_refused_by_name(pairs, words):
-    expected = "".join(".*" if part == ".*" else re.escape(part) for part in re.split(r"(\.\*)", words))
-    with pytest.raises(ValueError, match=rf"^a\.safetensors: {expected}"):
-        branch.match("a.safetensors", pairs, TARGETS, Model())
-
-
-def test_branch_adds_strength_times_its_product_to_its_rows():
-    x, output = random(2, 5, 20), random(2, 5, 36)
-    delta = x @ PAIR.weight().T
-    for (rows, begin), strength in itertools.product([((12, 12), 12), ((0, 12), 0), ((24, 12), 24)], [0.5, 2.0]):
-        expected = output.clone()
-        expected[..., begin : begin + 12] += strength * delta
-        added = branch.Branch(PAIR, rows, nn.Linear).add(output, x, torch.tensor(strength))
-        torch.testing.assert_close(added, expected)
-    whole = branch.Branch(WIDE, None, nn.Linear).add(output, x, torch.tensor(1.0))
-    torch.testing.assert_close(whole, output + x @ WIDE.weight().T)
-
-
-@pytest.mark.parametrize(
-    "second", ["diffusion_model.a.lora_B.weight", "diffusion_model.model.diffusion_model.a.lora_up.weight"]
-)
-def test_one_factor_in_two_spellings_is_refused(tmp_path, second):
-    tensors = {
-        "diffusion_model.a.lora_up.weight": torch.zeros(4, 2),
-        "diffusion_model.a.lora_down.weight": torch.zeros(2, 4),
-    }
-    save_file(tensors | {second: torch.zeros(4, 2)}, tmp_path / "twice.safetensors")
-    with pytest.raises(ValueError, match=r"twice\.safetensors: .*twice, in two spellings"):
-        lora.read(tmp_path / "twice.safetensors")
