@@ -3,6 +3,7 @@
 from ..schedule import Schedule
 from .attaching import (
     Attached,
+    NothingFits,
     absorbed_layers,
     attach_file,
     attach_lora,
@@ -34,8 +35,9 @@ from .ui import (
 )
 
 __all__ = [
-    "PROBED_ACTIVATIONS", "Attached", "Budget", "Inspection", "ModelSource", "ProbeCall", "Progress",
-    "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "calibration_of", "calibration_path",
+    "PROBED_ACTIVATIONS", "Attached", "Budget", "Inspection", "ModelSource", "NothingFits", "ProbeCall", "Progress",
+    "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "calibration_of",
+    "calibration_path",
     "calibrations", "clip_source", "compute_device", "coverage", "filenames", "full_path", "inspect", "lacks_branch",
     "listed_name", "load_clip", "load_diffusion_model", "lora_beside", "make_room", "measure", "model_source",
     "new_calibration_path", "new_recipe_path", "output_path", "plan_text", "plans",

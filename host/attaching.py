@@ -27,6 +27,10 @@ TEXT_KEYS = ("lora_te", "text_encoder", "lora_prior_te", "lycoris_text_encoder")
 OTHER = "it was made for another model"
 
 
+class NothingFits(ValueError):
+    """A LoRA file names nothing that a model has: it may be for the text encoder, or for another model."""
+
+
 @dataclass(frozen=True)
 class Target:
     """Where the host puts what a LoRA names."""
@@ -65,7 +69,7 @@ class Attached:
                 placed, worst = max(some, key=lambda pair: pair[1].loss)
                 lines.append(f"{len(some)} {what}: {placed.layer} {worst.how}")
         if self.patched:
-            lines.append(f"{len(self.patched)} patched by ComfyUI, as they are no linear layers ({names_of(self.patched)})")
+            lines.append(f"{len(self.patched)} patched by ComfyUI, not being linear layers ({names_of(self.patched)})")
         if self.unmatched:
             lines.append(f"{len(self.unmatched)} keys fit no layer ({names_of(self.unmatched)})")
         reasons: dict[str, list[str]] = {}
@@ -128,7 +132,7 @@ def _entry(patcher, path: Path, tolerance: float, correction: bool) -> Entry:
             placed.append(Placed(target.layer, target.rows, change, target.order))
     if not placed and not raw:
         first = f"; first unmatched key {unmatched[0]}" if unmatched else ""
-        raise ValueError(f"{path.name}: 0 of {len(file.changes)} LoRA layers match this model{first}; {OTHER}")
+        raise NothingFits(f"{path.name}: 0 of {len(file.changes)} LoRA layers match this model{first}; {OTHER}")
     rest = _Rest(raw, {base: where[base].host for base in raw}, tuple(unmatched), tuple(ignored))
     return Entry(identity, path.name, placed, correction, tolerance=tolerance, rest=rest)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from dataclasses import replace
 
 from comfy_api.latest import io
 
@@ -72,7 +74,7 @@ class LoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, curve=""):
-        return _complaint(_schedule, 0.0, 1.0, curve)
+        return _complaint(host.Schedule.parse, curve or "")
 
     @classmethod
     def fingerprint_inputs(cls, lora_name=None, **_):
@@ -82,7 +84,7 @@ class LoRA(io.ComfyNode):
     def execute(cls, model, lora_name, strength_model, clip=None, strength_clip=1.0, start_percent=0.0,
                 end_percent=1.0, curve="", tolerance=0.02):  # fmt: skip
         line = lora_stack.Line(lora_name, strength_model, strength_clip)
-        return _attach(cls, model, clip, [line], _schedule(start_percent, end_percent, curve), tolerance)
+        return _attach(cls, model, clip, [line], host.Schedule.parse(curve, start_percent, end_percent), tolerance)
 
 
 class LoRAStack(io.ComfyNode):
@@ -134,26 +136,42 @@ def _fingerprint(names: list[str | None]) -> str:
     return " ".join(str(os.stat(host.full_path("loras", name)).st_mtime_ns) for name in names if name in listed)
 
 
-def _schedule(start: float, end: float, curve: str | None):
-    """What strength_model is multiplied by over sampling; None where that is 1 from beginning to end."""
-    if not curve and (start, end) == (0.0, 1.0):
-        return None
-    return host.Schedule.parse(curve, start, end)
-
-
 def _attach(cls, model, clip, lines, schedule=None, tolerance=0.02) -> io.NodeOutput:
-    """The lines' LoRAs beside model and clip; says and logs per file what was done with it."""
+    """The lines' LoRAs beside model and clip; says and logs per file what became of it."""
     said = []
     for line in lines:
-        path = host.full_path("loras", line.name)
-        if line.strength_model:
-            model, attached = host.attach_file(model, path, line.strength_model, schedule, tolerance)
-            said.append(f"{line.name}, {line.strength_model:g}: {attached.text}")
-        if clip is not None and line.strength_clip:
-            clip = clip.clone()
-            clip.patcher, attached = host.attach_file(clip.patcher, path, line.strength_clip, None, tolerance, True)
-            said.append(f"{line.name}, text encoder, {line.strength_clip:g}: {attached.text}")
+        model, clip, texts = _attach_line(model, clip, line, schedule, tolerance)
+        said += texts
     for text in said:
         log.info("Tessera: %s", text)
-    host.say(cls.hidden.unique_id, "\n".join(said) or "no LoRA is on; passed on as it is")
+    host.say(cls.hidden.unique_id, "\n".join(said) or "no LoRA is on; model and text encoder are passed on as they are")
     return io.NodeOutput(model, clip)
+
+
+def _attach_line(model, clip, line, schedule, tolerance):
+    """(model, clip, what to say) with one file, which may fit both or either. Raises ValueError if it fits neither."""
+    path, on_model, on_clip, misfit = host.full_path("loras", line.name), None, None, None
+    if line.strength_model:
+        try:
+            model, on_model = host.attach_file(model, path, line.strength_model, schedule, tolerance)
+        except host.NothingFits as error:
+            misfit = error
+    if clip is not None and line.strength_clip:
+        with contextlib.suppress(host.NothingFits):  # as with most files
+            patcher, on_clip = host.attach_file(clip.patcher, path, line.strength_clip, None, tolerance)
+            clip = clip.clone()
+            clip.patcher = patcher
+    if misfit is not None and on_clip is None:
+        raise misfit
+    return model, clip, _texts(on_model, on_clip)
+
+
+def _texts(on_model, on_clip) -> list[str]:
+    """What became of a file; names that fit nothing are those that fit neither."""
+    texts = []
+    if on_model is not None:
+        unmatched = [name for name in on_model.unmatched if on_clip is None or name in on_clip.unmatched]
+        texts.append(replace(on_model, unmatched=tuple(unmatched)).text)
+    if on_clip is not None:
+        texts.append(f"text encoder: {replace(on_clip, unmatched=()).text}")
+    return texts
