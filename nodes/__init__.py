@@ -11,9 +11,10 @@ from .loaders import CLIPLoader, DiffusionModelLoader
 from .lora import CorrectionLoRA
 from .plan import Plan
 from .quantize import Quantize
+from .user_lora import LoRA, LoRAStack
 
 NODES: list[type[io.ComfyNode]] = [
-    DiffusionModelLoader, CLIPLoader, CorrectionLoRA, Quantize,
+    DiffusionModelLoader, CLIPLoader, CorrectionLoRA, LoRA, LoRAStack, Quantize,
     Calibrate, CalibrateCLIP, SaveCalibration, LoadCalibration, Plan, ExtractLoRA, Inspect,
 ]  # fmt: skip
 
