@@ -42,6 +42,7 @@ function attach(node) {
   const root = element("div", { className: "tessera-stack" })
   let rows = parse(text.value)
   let asText = false
+  let saved = text.value // by us; another value comes from elsewhere, e.g. a loaded workflow
 
   /** @param {typeof rows} changed @param {[number, string]} [focus] row and part that has the keyboard afterwards */
   function change(changed, focus) {
@@ -51,7 +52,8 @@ function attach(node) {
   }
 
   function save() {
-    text.value = format(rows)
+    saved = format(rows)
+    text.value = saved
     node.graph?.setDirtyCanvas(true, true)
   }
 
@@ -70,13 +72,14 @@ function attach(node) {
     return (asText ? 6 : rows.length + (rows.length ? 1 : 0)) * ROW + ROW + 12
   }
 
+  /** Makes room for the rows, and gives it back unless the user has made the node taller. */
   function fit() {
     const [width, now] = node.size
     const wanted = node.computeSize()[1]
-    if (now < wanted || fitted === now) node.setSize([width, wanted])
-    fitted = node.size[1]
+    if (now < wanted || now - fitted < ROW) node.setSize([width, wanted])
+    fitted = wanted
   }
-  let fitted = 0 // the height we gave; a taller one is the user's
+  let fitted = Infinity
 
   function head() {
     const titles = ["", "", "LoRA", "model", "clip"].map((title) => element("span", { textContent: title }))
@@ -213,13 +216,14 @@ function attach(node) {
     const area = element("textarea", { value: text.value, spellcheck: false, placeholder: "name.safetensors : 0.8" })
     area.setAttribute("aria-label", "The stack as text")
     area.addEventListener("input", () => {
-      text.value = area.value
+      text.value = saved = area.value
       rows = parse(area.value)
     })
     return area
   }
 
   function read() {
+    saved = text.value
     rows = parse(text.value)
     draw()
   }
@@ -233,6 +237,7 @@ function attach(node) {
   root.addEventListener("pointerdown", (event) => {
     if (event.target instanceof Element && event.target.closest("input, select, button, textarea")) event.stopPropagation()
   })
+  after(text, "callback", () => text.value !== saved && read())
   after(node, "onConfigure", read)
   after(node, "onConnectionsChange", read)
   after(node, "onRemoved", () => drawn.delete(read))
@@ -243,10 +248,10 @@ function attach(node) {
 
 let lists = 0 // datalists made, for their ids
 
-/** Runs more after a node's own handler. @param {any} node @param {string} event @param {() => void} more */
-function after(node, event, more) {
-  const before = node[event]
-  node[event] = function () {
+/** Runs more after an object's own handler. @param {any} owner @param {string} event @param {() => void} more */
+function after(owner, event, more) {
+  const before = owner[event]
+  owner[event] = function () {
     const result = before?.apply(this, arguments)
     more()
     return result
