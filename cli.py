@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import calibration_file, job, lora, planning, saved_inputs
+from . import additions, baking, calibration_file, job, lora, planning, saved_inputs
 from . import doctor as doctors
 from .checkpoint import ABSORB, LAYER_ERRORS, PROVENANCE, Checkpoint
 from .extraction import Extraction
@@ -96,6 +96,27 @@ def extract_lora(arguments) -> dict:
     )  # fmt: skip
     report = work.run(_progress(arguments))
     return {"json": report.as_dict(), "text": report.markdown()}
+
+
+def bake(arguments) -> dict:
+    """LoRAs into a new quantized file."""
+    model = Checkpoint(Path(arguments.model))
+    original = Checkpoint(Path(arguments.original)) if arguments.original else None
+    beside = baking.correction_beside(model) if arguments.correction is None else Path(arguments.correction)
+    loras = [additions.read(*additions.parse(text), original or model, arguments.skip_unmatched)
+             for text in arguments.lora]  # fmt: skip
+    work = baking.Bake(
+        model, loras, original, recipe.find(arguments.recipe) if arguments.recipe else None,
+        None if arguments.correction == baking.NONE else beside,
+    ).job(
+        Path(arguments.output), Settings(arguments.rank),
+        calibration_file.read(Path(arguments.calibration)) if arguments.calibration else None, seed=arguments.seed,
+        device=arguments.device, overwrite=arguments.overwrite, resume=arguments.resume,
+    )  # fmt: skip
+    for note in work.warnings:
+        print(f"note: {note}", file=sys.stderr)
+    report = work.run(_progress(arguments))
+    return {"json": report.as_dict() | {"baked": dict(work.baked.said)}, "text": report.markdown()}
 
 
 def inspect(arguments) -> dict:
@@ -313,6 +334,25 @@ def _parser() -> argparse.ArgumentParser:
                          "'layers.{0-9}.**'; several with spaces between")  # fmt: skip
     command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu, cuda, ... (cpu)")
     command.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+
+    command = _command(commands, bake, "LoRAs into a new quantized file, with a correction LoRA fitted to it")
+    command.add_argument("model", help="the quantized safetensors file")
+    command.add_argument("-o", "--output", required=True, help="the file to write; its correction LoRA goes to "
+                         "<output>_lora.safetensors")  # fmt: skip
+    command.add_argument("--lora", action="append", required=True, metavar="FILE[:STRENGTH]", help="a LoRA of any kind "
+                         "and its strength (1); may be repeated")  # fmt: skip
+    command.add_argument("--original", metavar="BF16", help="the file the model was quantized from: all layers are "
+                         "quantized anew from it. Without it only changed ones, from what is left of it")  # fmt: skip
+    command.add_argument("--recipe", help="other formats than the model has: a built-in recipe, or a .toml file")
+    command.add_argument("--rank", type=int, default=32, help="rank of the new correction LoRA; 0 fits none (32)")
+    command.add_argument("--correction", metavar="FILE", help="the model's correction LoRA, or none "
+                         "(<model>_lora.safetensors beside it; not used with --original)")  # fmt: skip
+    command.add_argument("--calibration", metavar="FILE", help="statistics of what the original's layers see")
+    command.add_argument("--skip-unmatched", action="store_true", help="leave out what fits nothing in the model")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu, cuda, ... (cpu)")
+    command.add_argument("--resume", action="store_true", help="go on where a killed run of the same command stopped")
+    command.add_argument("--overwrite", action="store_true", help="replace existing output files, never the inputs")
 
     command = _command(commands, inspect, "what a file holds, layer by layer")
     command.add_argument("file")
