@@ -107,7 +107,8 @@ class Branch(nn.Module):
         beside = [(part, extra) for part in parts for extra in part.form.extras]
         self.extras = nn.ModuleList(extra for _, extra in beside)
         self.places = tuple((part.entry, part.rows) for part, _ in beside)
-        self.kinds = tuple(sorted({part.form.kind for part in parts}))
+        self.entries = tuple(part.entry for part in parts)
+        self.kinds = tuple(part.form.kind for part in parts)
         self.__dict__["group"], self.span = None, (0, 0)  # past nn.Module: a layer does not own its siblings' factors
 
     @property

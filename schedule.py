@@ -26,12 +26,12 @@ class Schedule:
             except ValueError:
                 colon = ""
             if not colon or not 0 <= points[-1][0] <= 1 or not abs(points[-1][1]) <= 100:
-                raise ValueError(f"curve: {text!r} is no point; write share of sampling : factor, as in 0:0, 0.3:1, 1:1")
+                raise ValueError(f"curve: {text!r} is no point; write share of sampling : factor, as in 0:0, 1:1")
         if any(after[0] <= before[0] for before, after in itertools.pairwise(points)):
             raise ValueError(f"curve {curve!r}: shares must rise from point to point")
         if not 0 <= start < end <= 1:
-            raise ValueError(f"start_percent {start:g} and end_percent {end:g}: sampling goes from 0 to 1, and the start "
-                             "must come before the end")  # fmt: skip
+            raise ValueError(f"start_percent {start:g}, end_percent {end:g}: sampling goes from 0 to 1, the start must "
+                             "come before the end")  # fmt: skip
         still = all(factor == 1 for _, factor in points) and (start, end) == (0, 1)
         return None if still else cls(tuple(points), start, end)
 

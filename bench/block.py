@@ -81,9 +81,10 @@ def contestants(arguments, device, dtype):
     """{name: block}: ours, ours with a branch on each layer, the stock operations on the same file, BF16."""
     import comfy.ops
 
-    from tessera.branch import Branch, SideBranch
+    from tessera.adapters import Change, LoRA, form
+    from tessera.branch import Branches, Part, Strengths
     from tessera.host import operations as ours
-    from tessera.host.wiring import Wiring
+    from tessera.host.wiring import Wiring, sharing
     from tessera.kernels.facts import read_facts
     from tessera.quantization.lowrank import LowRank
 
@@ -103,11 +104,14 @@ def contestants(arguments, device, dtype):
     }
     for name in ("ours", "ours_branch"):
         Wiring().inject(Patcher(found[name]))
-    side = SideBranch("bench", 1.0)
+    parts = {}
     for name, (n, k) in LINEARS.items():
         pair = LowRank(torch.randn(n, arguments.rank) * 0.01, torch.randn(arguments.rank, k) * 0.01)
         pair = LowRank(pair.up.to(device, dtype), pair.down.to(device, dtype))
-        found["ours_branch"].get_submodule(name).attach_branch(Branch(pair, None, comfy.ops.manual_cast.Linear), side)
+        parts[name] = [Part(0, form(Change(LoRA(pair)), (n, k), None), exact=False)]
+    branches = Branches(parts, LINEARS, comfy.ops.manual_cast.Linear, sharing(found["ours_branch"])).build()
+    for name, item in zip(branches.layers, branches.items, strict=True):
+        found["ours_branch"].get_submodule(name).attach_branch(item, Strengths([1.0]))
     return found, loading
 
 

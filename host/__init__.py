@@ -12,6 +12,7 @@ from .attaching import (
     lora_beside,
     quantized_layers,
 )
+from .baking import bake_of
 from .inspection import Inspection, inspect
 from .loading import load_clip, load_diffusion_model, plan_text, plans, transcoded_folder
 from .memory import ModelSource, clip_source, model_source
@@ -36,7 +37,8 @@ from .ui import (
 
 __all__ = [
     "PROBED_ACTIVATIONS", "Attached", "Budget", "Inspection", "ModelSource", "NothingFits", "ProbeCall", "Progress",
-    "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "calibration_of",
+    "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "bake_of",
+    "calibration_of",
     "calibration_path",
     "calibrations", "clip_source", "compute_device", "coverage", "filenames", "full_path", "inspect", "lacks_branch",
     "listed_name", "load_clip", "load_diffusion_model", "lora_beside", "make_room", "measure", "model_source",

@@ -30,6 +30,8 @@ class Row:
     distance: float | None  # relative, that transcoding moved the weight
     added: float | None  # to the layer's weight error, by transcoding
     ranks: list[int]  # of attached branches
+    adapters: tuple[str, ...] = ()  # kinds of LoRA beside it
+    strengths: tuple[float, ...] = ()  # of those
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,16 @@ def _row(name: str, label: str, plan: Plan, layer: Carrying, cost) -> Row:
     weight = layer.weight
     nbytes = sum(t.nbytes for t in weight.state_dict().values()) if isinstance(
         weight, comfy.quant_ops.QuantizedTensor) else weight.nbytes  # fmt: skip
-    item, strengths = layer.tessera_branch_pair or (None, None)
-    ranks = [] if item is None else [rank for _, rank in item.runs]
     return Row(name, label, layer.tessera_format.label, plan.path, plan.kernel, plan.reason, tuple(layer._orig_shape),
-               nbytes, dict(layer.tessera_runs), *cost, ranks)  # fmt: skip
+               nbytes, dict(layer.tessera_runs), *cost, *_branch(layer))  # fmt: skip
+
+
+def _branch(layer: Carrying) -> tuple[list[int], tuple[str, ...], tuple[float, ...]]:
+    """(ranks, kinds, strengths) of what rides beside a layer."""
+    if layer.tessera_branch_pair is None:
+        return [], (), ()
+    item, strengths = layer.tessera_branch_pair
+    return [rank for _, rank in item.runs], item.kinds, tuple(strengths.values[entry] for entry in item.entries)
 
 
 def _runs(row: Row) -> str:

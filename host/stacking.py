@@ -1,4 +1,4 @@
-"""The one stack of LoRAs on a patcher: what is in it, and its branches as a model of their own, as the host wants them."""
+"""The one stack of LoRAs on a patcher: what is in it, and its branches as a model of their own, as the host has it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _drop(patcher) -> None:
 
 
 class _Carried:
-    """Makes ComfyUI load a text encoder's branches with it: encoding loads what patches carry, not additional models."""
+    """Makes ComfyUI load a text encoder's branches with it: encoding loads what patches carry, no additional models."""
 
     def __init__(self, side: comfy.model_patcher.ModelPatcher):
         self.side = side

@@ -39,8 +39,8 @@ def encode(weight: Stored, branch: LowRankBranch, ranks: Sequence[int], exact: S
            powers: Tensor) -> Extended | str:  # fmt: skip
     """Stacked branches of these ranks for the reserved columns of that weight, or why they must be added beside it.
 
-    `exact` ones have both factors as hi + lo: LoRAs whose own accuracy counts. Siblings share their stacked down [t, in]
-    and its powers [t]; up is 0 in the columns of the others.
+    `exact` ones have both factors as hi + lo: LoRAs whose own accuracy counts. Siblings share their stacked down
+    [t, in] and its powers [t]; up is 0 in the columns of the others.
     """
     if not weight.extension:
         return "no columns are reserved"
