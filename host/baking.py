@@ -52,8 +52,8 @@ def _addition(entry: stacking.Entry, strength: float, schedule) -> Addition:
 
 def _path(entry: stacking.Entry) -> Path | None:
     """The entry's file, if it is of one. Raises ValueError if that has changed since."""
-    path = Path(str(entry.identity[0])) if entry.identity else None
-    if path is None or not path.is_file():
+    path = Path(str(entry.identity[0]))
+    if not path.is_absolute() or not path.is_file():  # patches of other nodes
         return None
     if path.stat().st_mtime_ns != entry.identity[1]:
         raise ValueError(f"{path.name}: has changed since it was loaded; run its node again")
@@ -66,10 +66,8 @@ def _correction(patcher, attached: list[stacking.Item]) -> Path | None:
         names = ", ".join(entry.name for entry, _, _ in attached)
         raise ValueError(f"{len(attached)} correction LoRAs are on this MODEL ({names}); a file has one: take the "
                          "others off")  # fmt: skip
-    if attached:
-        return _path(attached[0][0])
-    beside = lora_beside(patcher)
-    return None if beside is None else Path(beside)
+    path, beside = _path(attached[0][0]) if attached else None, lora_beside(patcher)
+    return path or (None if beside is None else Path(beside))
 
 
 def _edits(patcher) -> dict[str, Edit]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .bake import Bake
 from .calibrate import Calibrate, CalibrateCLIP, LoadCalibration, SaveCalibration
 from .extract import ExtractLoRA
 from .inspect import Inspect
@@ -15,7 +16,7 @@ from .user_lora import LoRA, LoRAStack
 
 NODES: list[type[io.ComfyNode]] = [
     DiffusionModelLoader, CLIPLoader, CorrectionLoRA, LoRA, LoRAStack, Quantize,
-    Calibrate, CalibrateCLIP, SaveCalibration, LoadCalibration, Plan, ExtractLoRA, Inspect,
+    Calibrate, CalibrateCLIP, SaveCalibration, LoadCalibration, Plan, ExtractLoRA, Bake, Inspect,
 ]  # fmt: skip
 
 
