@@ -37,15 +37,16 @@ def changes(patcher, path, strength, base):
     """What one file adds to each tensor of `base` by key, as ComfyUI would add it to that tensor alone."""
     import comfy.lora
     import comfy.lora_convert
+    import comfy.model_patcher
     import comfy.utils
 
     tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(path)))
     names = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    clone = patcher.clone()
-    clone.add_patches(comfy.lora.load_lora(tensors, names, log_missing=False), strength)
+    bare = comfy.model_patcher.ModelPatcher(patcher.model, patcher.load_device, patcher.offload_device)
+    bare.add_patches(comfy.lora.load_lora(tensors, names, log_missing=False), strength)  # past the pack's guard
     return {
         key: comfy.lora.calculate_weight(patches, base[key].clone(), key) - base[key]
-        for key, patches in clone.patches.items()
+        for key, patches in bare.patches.items()
     }
 
 
