@@ -69,8 +69,9 @@ def read_adapters(path: Path, rename: Callable[[dict], dict] | None = None) -> A
         try:
             change, unused = adapter_parts.change(found.parts)
         except ValueError as problem:
-            remedy = "" if ";" in str(problem) else f"; {DAMAGED}"
-            raise ValueError(f"{path.name}: {base}: {problem}{remedy}") from None
+            remedy = adapter_parts.INCOMPLETE if str(problem).endswith("missing") else DAMAGED
+            said = str(problem) if ";" in str(problem) else f"{problem}; {remedy}"
+            raise ValueError(f"{path.name}: {base}: {said}") from None
         file.ignored.update({base + found.suffixes[part]: why for part, why in unused.items()})
         if change is not None:
             file.changes[base], file.raw[base] = change, found.raw(base, unused)
@@ -148,8 +149,8 @@ def _other_file(path: Path) -> ValueError | None:
     if not path.is_file():
         return None
     with open(path, "rb") as file:
-        start = file.read(8)
-    header = start[4:] == bytes(4)  # a safetensors' own length; its first bytes can be anything
+        start = file.read(9)
+    header = start[4:] == b"\0\0\0\0{"  # a safetensors': its first bytes are a length and can be anything
     what = None if header else next((what for magic, what in STARTS.items() if start.startswith(magic)), None)
     if (path.suffix.lower() in PICKLES and not header) or (what and "pickle" in what):
         return ValueError(f"{path.name}: is {what or 'a pickle'}: opening one can run any program that is in it, so "

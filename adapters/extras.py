@@ -1,7 +1,7 @@
 """Extras: parts of an adapter that are no low-rank pair, as modules beside a layer.
 
 Each gives the addition [..., out] to a layer's output, strength applied, in the input's dtype. `base` is the layer's
-product W x without bias. Parameters are nn.Parameters, so that the host counts, moves and offloads them.
+product W x without bias. Parameters are nn.Parameters of modules without children: those the host counts and moves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..quantization.lowrank import rounded
 from .rotations import butterfly
 
 
@@ -34,7 +35,7 @@ class Dense(Extra):
         self.fixed = self.needs_base = fixed
 
     def forward(self, x: Tensor, base: Tensor | None, strength: Tensor) -> Tensor:
-        product = F.linear(x, self.weight.to(x.dtype))
+        product = F.linear(x, self.weight.to(x))
         return product - base if self.fixed else product * strength
 
 
@@ -48,7 +49,7 @@ class RowScale(Extra):
         self.scale = _parameter(scale)
 
     def forward(self, x: Tensor, base: Tensor | None, strength: Tensor) -> Tensor:
-        return base * self.scale.to(x.dtype) * strength
+        return base * self.scale.to(x) * strength
 
 
 class Kronecker(Extra):
@@ -58,21 +59,22 @@ class Kronecker(Extra):
         super().__init__()
         self.sides = (w1[-1].shape[1], w2[-1].shape[1])
         steps = cheapest_order([list(reversed(factors)) for factors in (_cheaper(w1), _cheaper(w2))])
-        self.axes = tuple(axis for axis, _ in steps)
+        self.steps = tuple((axis, f"factor{number}") for number, (axis, _) in enumerate(steps))
         factors = [factor for _, factor in steps]
         smallest = min(range(len(factors)), key=lambda i: factors[i].numel())
         if scale != 1.0:
-            factors[smallest] = factors[smallest].float() * scale
-        self.factors = nn.ParameterList(_parameter(factor) for factor in factors)
+            factors[smallest] = rounded(factors[smallest].float() * scale, factors[smallest].dtype)
+        for (_, name), factor in zip(self.steps, factors, strict=True):
+            self.register_parameter(name, _parameter(factor))  # no ParameterList: the host moves what has no children
         self.rows = None if rows is None else _parameter(rows)
 
     def forward(self, x: Tensor, base: Tensor | None, strength: Tensor) -> Tensor:
         sides = x.unflatten(-1, self.sides)  # [..., in1, in2]
-        for axis, factor in zip(self.axes, self.factors, strict=True):
-            factor = factor.to(x.dtype)
+        for axis, name in self.steps:
+            factor = getattr(self, name).to(x)
             sides = F.linear(sides, factor) if axis else factor @ sides
         added = sides.flatten(-2) * strength
-        return added if self.rows is None else added * self.rows.to(x.dtype)
+        return added if self.rows is None else added * self.rows.to(x)
 
 
 class Rotation(Extra):
@@ -87,8 +89,8 @@ class Rotation(Extra):
 
     def forward(self, x: Tensor, base: Tensor | None, strength: Tensor) -> Tensor:
         blocks = base.unflatten(-1, self.turn.shape[:2])
-        added = torch.einsum("kmn,...kn->...km", self.turn.to(x.dtype), blocks).flatten(-2) * (strength * strength)
-        return added if self.rows is None else added * self.rows.to(x.dtype)
+        added = torch.einsum("kmn,...kn->...km", self.turn.to(x), blocks).flatten(-2) * (strength * strength)
+        return added if self.rows is None else added * self.rows.to(x)
 
 
 class Butterfly(Extra):
@@ -103,11 +105,11 @@ class Butterfly(Extra):
         self.rows = None if rows is None else _parameter(rows)
 
     def forward(self, x: Tensor, base: Tensor | None, strength: Tensor) -> Tensor:
-        added = butterfly(self.turn.to(x.dtype) * strength, base)
+        added = butterfly(self.turn.to(x) * strength, base)
         if self.rescale is not None:
-            added = base * (self.rescale - 1).to(x.dtype) + added * self.rescale.to(x.dtype)
+            added = base * (self.rescale - 1).to(x) + added * self.rescale.to(x)
         added = added * strength
-        return added if self.rows is None else added * self.rows.to(x.dtype)
+        return added if self.rows is None else added * self.rows.to(x)
 
 
 def cheapest_order(sides: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
@@ -136,7 +138,7 @@ def _cheaper(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Factors multiplied out where the product is smaller than they are."""
     if len(factors) == 1 or sum(factor.numel() for factor in factors) < factors[0].shape[0] * factors[1].shape[1]:
         return factors
-    return (factors[0].float() @ factors[1].float(),)
+    return (rounded(factors[0].float() @ factors[1].float(), factors[0].dtype),)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

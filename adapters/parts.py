@@ -148,7 +148,7 @@ def _made(kind: str, parts: Mapping[str, Tensor], alpha: float | None) -> Adapte
 
 
 def _why_unused(part: str, kind: str | None) -> str:
-    if kind is None or (part == "rescale" and kind == "OFT") or part == "b_norm":
+    if kind is None or (part, kind) == ("rescale", "OFT") or (part == "b_norm" and kind != "norm difference"):
         return ALONE.get(part, f"{part} without an adapter")
     return f"ComfyUI loads the layer's {kind} and not its {part}"
 

@@ -11,7 +11,7 @@ from .moment import Moment
 
 OVERSAMPLING = 16
 FP16_LOSS = 2.0**-10  # relative; rounding alone is 2^-12.5
-GROWING_ITERATIONS = 3  # of a subspace that is tested for what it holds
+BLOCK, GROWING_ITERATIONS = 64, 2  # of a subspace that grows until it holds enough
 ITERATIONS = 8  # a quantization residual is nearly white: 4 leave 5 % of what the rank can take
 
 
@@ -82,33 +82,42 @@ def fit(error: Tensor, rank: int, seed: int = 0, moment: Moment | None = None) -
 def reduce(matrix: Tensor, tolerance: float, cap: int, seed: int = 0) -> tuple[LowRank, float] | None:
     """The truncated SVD of the smallest rank that keeps a matrix [out, in] within a relative Frobenius loss.
 
-    (fp16 factors, their measured loss), or None if no rank up to `cap` is enough. The subspace grows until it holds
-    enough of the energy; what it leaves is ||D||^2 - ||Q^T D||^2, so that a matrix which cannot be reduced costs a few
-    narrow products only. A matrix of zeros has rank 0.
+    (fp16 factors, their measured loss), or None if no rank up to `cap` is enough. The subspace grows by blocks
+    (Martinsson and Voronin 2015, randQB) until it holds enough of ||D||^2, so that a matrix which cannot be reduced
+    costs a few narrow products only. A matrix of zeros has rank 0.
     """
     total = _energy(matrix)
     if total == 0.0:
         return LowRank(matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])), 0.0
-    allowed = tolerance * tolerance * total
+    cap = min(cap, *matrix.shape)
     generator = torch.Generator().manual_seed(seed)
-    basis = matrix.new_empty(matrix.shape[0], 0)
-    for width in _widths(min(cap, *matrix.shape), min(matrix.shape)):
-        fresh = torch.randn(matrix.shape[1], width - basis.shape[1], generator=generator).to(matrix.device)
-        basis = torch.linalg.qr(torch.cat((basis, matrix @ fresh), 1)).Q
-        for _ in range(GROWING_ITERATIONS):
-            basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
-        projected = basis.T @ matrix
-        values, vectors = torch.linalg.eigh(projected @ projected.T)
-        values, vectors = values.flip(0).clamp(min=0).double(), vectors.flip(1)
+    basis, projected = matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0, matrix.shape[1])
+    while cap > 0 and basis.shape[1] < min(cap + OVERSAMPLING, *matrix.shape):
+        basis, projected = _grown(matrix, basis, projected, generator)
+        rows = projected.double()  # what is left is a small difference
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1).to(basis.dtype)
         left = total - values.cumsum(0)
-        enough = (left <= allowed).nonzero()
-        if len(enough) and enough[0] < cap:
-            top = vectors[:, : enough[0] + 1]
+        enough = (left[:cap] <= tolerance * tolerance * total).nonzero()
+        if len(enough):
+            top = vectors[:, : enough[0, 0] + 1]
             return _measured(matrix, LowRank(basis @ top, top.T @ projected), total, tolerance)
         # what the ranks still to come can take is at most the smallest value found, each; a subspace errs a little
-        if left[-1] - 1.2 * max(0, cap - width) * values[-1] > allowed:
+        if left[-1] - 1.2 * max(0, cap - len(values)) * values[-1] > tolerance * tolerance * total:
             return None
     return None
+
+
+def _grown(matrix: Tensor, basis: Tensor, projected: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A basis Q [out, w] and Q^T D [w, in], wider by the block that holds most of what Q leaves of D."""
+    width = min(BLOCK, min(matrix.shape) - basis.shape[1])
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    for _ in range(GROWING_ITERATIONS + 1):
+        block = torch.linalg.qr(matrix @ start - basis @ (projected @ start)).Q
+        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q  # again: rounding lets Q back in
+        rows = block.T @ matrix
+        start = rows.T
+    return torch.cat((basis, block), 1), torch.cat((projected, rows))
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,12 +127,6 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is not torch.float16 or (narrow.float() - tensor).norm() <= FP16_LOSS * tensor.norm():
         return narrow
     return tensor
-
-
-def _widths(cap: int, most: int) -> list[int]:
-    """Growing widths of a subspace, the last one wide enough for a rank of `cap`."""
-    last = min(cap + OVERSAMPLING, most)
-    return sorted({min(width, last) for width in (48, 112, 176, last)} if cap > 0 else ())
 
 
 def _energy(matrix: Tensor) -> float:
