@@ -163,14 +163,15 @@ def _attach_line(model, clip, line, schedule, tolerance):
             clip.patcher = patcher
     if misfit is not None and on_clip is None:
         raise misfit
-    return model, clip, _texts(on_model, on_clip)
+    asked = clip is None or line.strength_clip != 0  # else what fits neither is not known
+    return model, clip, _texts(on_model, on_clip, asked)
 
 
-def _texts(on_model, on_clip) -> list[str]:
+def _texts(on_model, on_clip, asked: bool) -> list[str]:
     """What became of a file; names that fit nothing are those that fit neither."""
     texts = []
     if on_model is not None:
-        unmatched = [name for name in on_model.unmatched if on_clip is None or name in on_clip.unmatched]
+        unmatched = [name for name in on_model.unmatched if asked and (on_clip is None or name in on_clip.unmatched)]
         texts.append(replace(on_model, unmatched=tuple(unmatched)).text)
     if on_clip is not None:
         texts.append(f"text encoder: {replace(on_clip, unmatched=()).text}")
