@@ -17,9 +17,10 @@ assert {name for name, _ in CASES} <= set(DEVICES)
 
 
 def strength_of(model):
-    """The attachment's slider, as the node that made the model holds it."""
-    [injections] = [i for k, i in model.injections.items() if k.startswith("tessera.") and "wiring" not in k]
-    return injections[0].inject.__self__
+    """The strengths of the model's stack, as the node that made it holds them."""
+    from tessera.host import stacking
+
+    return model.get_attachment(stacking.STACK).strengths
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -33,13 +34,13 @@ def test_a_layer_with_its_branch_is_one_graph_and_strength_recompiles_nothing(de
     layer, x = layer_of(model), inputs(2, 77)
     eager = {}
     for strength in (1.0, 0.25, 1.5):
-        strength_of(corrected).set_strength(strength)
+        strength_of(corrected).set([strength])
         eager[strength] = layer(x)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for strength, wanted in eager.items():
-        strength_of(corrected).set_strength(strength)
+        strength_of(corrected).set([strength])
         torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
     corrected.detach()
