@@ -6,6 +6,7 @@ import torch
 import lora_files
 import lora_models as models_
 import lora_reference as reference
+import mini_flux
 from comfy_host import relative
 
 pytestmark = pytest.mark.host
@@ -30,7 +31,7 @@ class Case:
         self.layers = [key.removesuffix(".weight") for key in self.after
                        if key.endswith(".weight") and self.after[key].ndim == 2
                        and (self._differs(key) or self._differs(f"{key.removesuffix('weight')}bias"))]  # fmt: skip
-        inputs = {
+        self.inputs = inputs = {
             layer: torch.randn(1, ROWS, self.before[f"{layer}.weight"].shape[1], generator=generator)
             for layer in self.layers
         }
@@ -115,3 +116,108 @@ def test_whole_model_answers_like_one_with_the_changed_weights(case, models):
     rounding = relative(reference.answer(case.base, call), wanted_without)
     assert relative(wanted, wanted_without) > 0.1
     assert relative(reference.answer(case.lora, call), wanted) < 1.5 * rounding + 0.005
+
+
+SPELLINGS = {
+    "zimage": [
+        (base, pair, "layers.0.feed_forward.w1", 0, 768)
+        for base, pair in (
+            ("lora_unet_layers_0_feed_forward_w1", "kohya"), ("lycoris_layers_0_feed_forward_w1", "kohya"),
+            ("transformer.layers.0.feed_forward.w1", "peft"), ("layers.0.feed_forward.w1", "diffusers 2"),
+            *(("diffusion_model.layers.0.feed_forward.w1", pair) for pair in lora_files.PAIRS),
+        )
+    ] + [
+        ("lora_unet_layers_0_attention_qkv", "kohya", "layers.0.attention.qkv", 0, 768),
+        ("lycoris_layers_0_attention_to_v", "kohya", "layers.0.attention.qkv", 512, 256),
+        ("transformer.layers.0.attention.to_out.0", "peft", "layers.0.attention.out", 0, 256),
+    ],
+    "flux": [
+        ("lora_unet_double_blocks_0_img_attn_qkv", "kohya", "double_blocks.0.img_attn.qkv", 0, 768),
+        ("transformer.transformer_blocks.0.attn.to_k", "peft", "double_blocks.0.img_attn.qkv", 256, 256),
+        ("transformer.transformer_blocks.0.attn.add_v_proj", "peft adapter", "double_blocks.0.txt_attn.qkv", 512, 256),
+        ("lora_transformer_transformer_blocks_0_attn_to_q", "kohya", "double_blocks.0.img_attn.qkv", 0, 256),
+        ("lora_transformer_single_transformer_blocks_0_proj_out", "kohya", "single_blocks.0.linear2", 0, 256),
+        ("lycoris_transformer_blocks_0_ff_net_0_proj", "kohya", "double_blocks.0.img_mlp.0", 0, 1024),
+        ("transformer_blocks.0.ff_context.net.2", "bare", "double_blocks.0.txt_mlp.2", 0, 256),
+        ("transformer.single_transformer_blocks.0.proj_mlp", "peft", "single_blocks.0.linear1", 768, 1024),
+        ("diffusion_model.single_blocks.0.linear1_qkv", "peft", "single_blocks.0.linear1", 0, 768),
+        ("diffusion_model.single_blocks.0.modulation.lin", "diffusers", "single_blocks.0.modulation.lin", 0, 768),
+    ],
+}  # fmt: skip
+"""Name in the file and spelling of the pair -> module path, first row and rows that it changes."""
+
+
+@pytest.mark.parametrize("loader", ["ours", "stock"])
+@pytest.mark.parametrize(("name", "spelled"), [(name, s) for name, found in SPELLINGS.items() for s in found],
+                         ids=lambda value: value if isinstance(value, str) else "/".join(value[:2]))  # fmt: skip
+def test_every_spelling_reaches_its_rows(models, name, spelled, loader):
+    from tessera import host
+
+    base, pair, layer, start, rows = spelled
+    layer = f"diffusion_model.{layer}"
+    model = models_.load(loader, models_.file_of(models, name, "nvfp4"))
+    weights = reference.weights(model)
+    path = lora_files.save(
+        models / "loras" / "spelled.safetensors",
+        {base: (lambda m: lora_files.lora(m, pair), weights[f"{layer}.weight"][start : start + rows])},
+    )
+    x = torch.randn(1, ROWS, weights[f"{layer}.weight"].shape[1], generator=torch.Generator().manual_seed(3))
+    lora, _ = host.attach_file(model, str(path), STRENGTH)
+    added = reference.outputs(lora, {layer: x})[layer] - reference.outputs(model, {layer: x})[layer]
+    [(key, delta)] = reference.changes(model, path, STRENGTH, weights).items()
+    assert key == f"{layer}.weight" and delta.norm() > 0.05 * weights[key].norm() * (rows / delta.shape[0]) ** 0.5
+    assert relative(added, torch.nn.functional.linear(x, delta)) < 2e-3
+    changed = added.flatten(0, 1).norm(dim=0) > 0
+    assert changed[start : start + rows].all() and changed.sum() == rows
+
+
+def test_a_control_lora_as_black_forest_labs_publish_it(models):
+    """Norms set, biases changed, img_in widened: what is no Linear, or another shape, the host patches."""
+    from tessera import host
+
+    own = mini_flux.tensors(single=3)
+    path = lora_files.save(
+        models / "loras" / "control.safetensors",
+        {"img_in": (lambda m: lora_files.lora(m, "peft", None), torch.randn(256, 128)),
+         "double_blocks.0.img_attn.proj": (lambda m: lora_files.lora(m, "peft", None),
+                                           own["double_blocks.0.img_attn.proj.weight"])},
+        others={"single_blocks.0.norm.key_norm.scale": torch.linspace(0.5, 1.5, 128),
+                "double_blocks.0.img_attn.proj.lora_B.bias": torch.randn(256)},
+    )  # fmt: skip
+    model = models_.load("ours", models_.file_of(models, "flux", "nvfp4"))
+    control, _ = host.attach_file(model, str(path), 1.0)
+    before = reference.weights(model)
+    wide = {**before, "diffusion_model.img_in.weight": torch.nn.functional.pad(before["diffusion_model.img_in.weight"],
+                                                                               (0, 64))}  # fmt: skip
+    after = reference.changed(model, [(path, 1.0)], wide)
+    inputs = {"diffusion_model.img_in": torch.randn(1, ROWS, 128),
+              "diffusion_model.double_blocks.0.img_attn.proj": torch.randn(1, ROWS, 256),
+              "diffusion_model.single_blocks.0.norm.key_norm": torch.randn(1, ROWS, 128)}  # fmt: skip
+    found = reference.outputs(control, inputs)
+    for layer in list(inputs)[:2]:
+        assert relative(found[layer], reference.product(after, layer, inputs[layer])) < 0.02
+    norm = list(inputs)[2]
+    x = inputs[norm]
+    wanted = torch.nn.functional.rms_norm(x, (128,), torch.linspace(0.5, 1.5, 128).half().float(), 1e-6)
+    assert relative(found[norm], wanted) < 2e-3
+    narrow = {"diffusion_model.img_in": torch.randn(1, ROWS, 64)}  # the model itself is as it was
+    layer = "diffusion_model.img_in"
+    assert relative(reference.outputs(model, narrow)[layer], reference.product(before, layer, narrow[layer])) < 1e-5
+
+
+@pytest.mark.parametrize("loader", ["ours", "stock"])
+def test_merged_by_core_deviates_five_times_as_much_on_nvfp4(models, loader):
+    """For every layer of the file; the figures by kind are bench/lora_merge_table.py's."""
+    import nodes
+
+    case = Case(models, "zimage", "nvfp4", loader)
+    path = models_.every_kind(models, "zimage")
+    stock = models_.load("stock", models_.file_of(models, "zimage", "nvfp4"))
+    after = reference.changed(stock, [(path, STRENGTH)])  # before the model is merged
+    merged = nodes.LoraLoaderModelOnly().load_lora_model_only(stock, path.name, STRENGTH)[0]
+    outputs = reference.outputs(merged, case.inputs)
+    quantized = [layer for layer in case.layers if layer.removeprefix("diffusion_model.") in models_.BLOCKS["zimage"]]
+    assert len(quantized) == 35
+    for layer in quantized:
+        wanted = reference.product(after, layer, case.inputs[layer])
+        assert relative(outputs[layer], wanted) > 5 * relative(case.found[layer], case.wanted[layer]), layer
