@@ -30,9 +30,11 @@ STARTS = {  # of files that are no safetensors: what they are
 SCALES = (".weight_scale", ".weight_scale_2", ".scale_weight", ".comfy_quant", ".quant_state")  # of quantized tensors
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DAMAGED = "the file is damaged, download it again"
+NO_PART = "not a part of any adapter that ComfyUI loads"
 UNKNOWN = {  # ends of keys that some tools write: why nothing comes of them
     "lora_magnitude_vector": "a magnitude of PEFT's DoRA, which ComfyUI does not load",
     "lora_magnitude_vector.weight": "a magnitude of PEFT's DoRA, which ComfyUI does not load",
+    ".on_input": "IA3, which ComfyUI does not load",
     "lora_B.bias": "a factor's own bias, which ComfyUI does not load",
 }
 
@@ -61,8 +63,9 @@ def read_adapters(path: Path, rename: Callable[[dict], dict] | None = None) -> A
     if rename is not None:
         try:
             tensors = rename(tensors)
-        except KeyError as missing:
-            raise ValueError(f"{path.name}: {missing.args[0]} is missing; {adapter_parts.INCOMPLETE}") from None
+        except (KeyError, IndexError) as problem:
+            raise ValueError(f"{path.name}: not all is there that its names announce ({problem}); "
+                             f"{adapter_parts.INCOMPLETE}") from None  # fmt: skip
     stat = path.stat()
     file = AdapterFile(path.name, (str(path.resolve()), stat.st_mtime_ns, stat.st_size))
     for base, found in _by_base(file, tensors).items():
@@ -86,8 +89,7 @@ def _by_base(file: AdapterFile, tensors: dict[str, Tensor]) -> dict[str, adapter
     for key, tensor in tensors.items():
         place = adapter_parts.split(key)
         if place is None:
-            file.ignored[key] = next((why for end, why in UNKNOWN.items() if key.endswith(end)),
-                                     "not a part of any adapter that ComfyUI loads")  # fmt: skip
+            file.ignored[key] = next((why for end, why in UNKNOWN.items() if key.endswith(end)), NO_PART)
             continue
         base, part, suffix = place
         found = bases.setdefault(strip_repeated_prefix(base), adapter_parts.Found())
@@ -115,9 +117,10 @@ def _plain(file: str, key: str, tensor: Tensor, scaled: str | None) -> Tensor:
 def _no_lora(file: str, tensors: dict[str, Tensor], ignored: dict[str, str]) -> ValueError:
     if not tensors:
         return ValueError(f"{file}: holds no tensors; {DAMAGED}")
-    first, why = next(iter(ignored.items()))
+    known = [(key, why) for key, why in ignored.items() if why != NO_PART]
+    first, why = (known or list(ignored.items()))[0]
     weights = sum(key.endswith(".weight") for key in tensors)
-    if weights > len(tensors) // 4:
+    if not known and weights > len(tensors) // 4:
         return ValueError(f"{file}: is a model and not a LoRA ({len(tensors)} tensors, no adapter; first: {first}); "
                           "put it in the folder for models")  # fmt: skip
     return ValueError(f"{file}: none of its {len(tensors)} tensors belongs to a LoRA; first: {first}: {why}")

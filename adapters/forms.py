@@ -25,7 +25,7 @@ FULL = "as a full product"
 class Form:
     """strength * (pair and bias) and the extras' own additions, side by side.
 
-    `how` is for the report; `loss` is the relative Frobenius error against the adapter's own delta.
+    `how` is for the report; `loss` is the relative Frobenius error of what was reduced.
     """
 
     pair: LowRank | None
@@ -85,8 +85,8 @@ def _lora(adapter: LoRA, layer: _Layer) -> _Parts:
 
 
 def _glora(adapter: GLoRA, layer: _Layer) -> _Parts:
-    pair = adapter.pair(layer.weight())
-    pair = LowRank(rounded(pair.up, adapter.dtype), pair.down.to(adapter.dtype))
+    pair = adapter.pair(layer.weight()).to("cpu")
+    pair = LowRank(rounded(pair.up, adapter.dtype), rounded(pair.down, adapter.dtype))
     return _Parts(_scaled(pair, layer.rows))
 
 

@@ -83,7 +83,8 @@ def test_dora_by_columns_of_a_rotation_says_that_it_is_right_at_strength_1(kind)
 
 
 LOW = {"LoRA": 3, "LoRA of a 1x1 convolution": 3, "LoRA with a Tucker core": 3, "LoHa": 4,
-       "LoHa with Tucker cores": 4, "LoKr": 24, "LoKr, w2 in factors": 4, "LoKr, both in factors": 4, "GLoRA": 6, "GLoRA, old layout": 6}  # fmt: skip
+       "LoHa with Tucker cores": 4, "LoKr": 24, "LoKr, w2 in factors": 4, "LoKr, both in factors": 4, "GLoRA": 6,
+       "GLoRA, old layout": 6}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", LOW)

@@ -312,8 +312,21 @@ MALFORMED = {
     "a whole model": ({f"layers.{n}.w.weight": UP for n in range(9)} | {"norm.bias": random(4)},
                       r"is a model and not a LoRA \(10 tensors, no adapter; first: .*\); put it in"),
     "an embedding": ({"emb_params": random(2, IN)}, "none of its 1 tensors belongs to a LoRA; first: emb_params:"),
+    "IA3": ({"a.weight": random(OUT), "a.on_input": torch.tensor(True)}, "none of its 2 .*a.on_input: IA3, which"),
     "alphas only": ({"a.alpha": torch.tensor(1.0)}, "none of its 1 tensors .*a.alpha: alpha without an adapter"),
 }  # fmt: skip
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("tensors", [
+    {"img_in.lora_A.weight": DOWN, "single_blocks.0.norm.key_norm.scale": random(8)},
+    {"img_in.lora_A.weight": DOWN[0], "img_in.lora_B.weight": UP, "single_blocks.0.norm.key_norm.scale": random(8)},
+])  # fmt: skip
+def test_what_the_hosts_conversion_stumbles_over_is_refused(models, tmp_path, tensors):
+    from comfy.lora_convert import convert_lora
+
+    with pytest.raises(ValueError, match=r"^a\.safetensors: not all .* \(.*\); the file is incomplete"):
+        read(tmp_path, tensors, convert_lora)
 
 
 @pytest.mark.parametrize("case", MALFORMED)
