@@ -13,6 +13,7 @@ from torch import Tensor
 from .checkpoint import EMBEDDINGS, Checkpoint
 from .contents import LORA_PREFIX
 from .quantization import patterns
+from .quantization.metrics import CHUNK
 
 TEXT_ENCODERS = "text_encoders."  # of a checkpoint that holds everything; ComfyUI's LoRA keys begin alike
 CLIPS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}  # by width: these the host wants by name
@@ -90,6 +91,11 @@ class Side:
             return False
         return self.file.tensors[layer.sources["weight"]].shape == stored.shape
 
+    def has_submodules(self, owner: str) -> bool:
+        """Whether a module, the model itself if the path is empty, has others below it."""
+        below = f"{owner}." if owner else ""
+        return any(name.startswith(below) and "." in name.removeprefix(below) for name in self.shapes)
+
     def numbers(self, name: str) -> bool:
         """Whether a tensor is of real numbers; codes without scales and indices are not."""
         return self._layer(name) is not None or self.dtype(name).is_floating_point
@@ -104,7 +110,7 @@ class Side:
             tensor = self.file.read(self._keys[name]).float()
         else:
             tensor = self.file.weight(self._layers[layer.key], shape)
-        if not torch.isfinite(tensor).all():
+        if not all(torch.isfinite(part).all() for part in tensor.flatten().split(CHUNK)):
             raise ValueError(f"{self.name}: {name}: holds NaN or infinity; download the file again, or give a pattern "
                              "of layers that leaves this one out")  # fmt: skip
         return tensor

@@ -17,7 +17,7 @@ from . import checks
 from .checkpoint import LAYER_ERRORS, PROVENANCE, Checkpoint
 from .comparison import TEXT_ENCODERS, Comparison, Side, module
 from .contents import METADATA_SPARE
-from .extraction_report import ExtractedLayer, ExtractionReport
+from .extraction_report import ExtractedLayer, ExtractionReport, listed
 from .formats import TensorSpec
 from .journal import Journal
 from .progress import Step
@@ -91,6 +91,7 @@ class Extraction:
             progress(Step(count, max(count, 1), "verifying", None, True, share=1.0))
             written = writer.finish(self._metadata(report, *(digest.hexdigest() for digest in digests)))
             writer.reread(Checkpoint(written))
+            report.warnings += self._unreached(report.vectors)
             report.nbytes, report.seconds = writer.nbytes, time.monotonic() - started
             report.remark()
             writer.publish()
@@ -105,6 +106,13 @@ class Extraction:
             return f"{compared.lora_base(owner)}.diff"
         text = compared.base.text_encoder or name.startswith(TEXT_ENCODERS)
         return None if text else f"{compared.lora_base(name)}.diff"
+
+    def _unreached(self, names: list[str]) -> list[str]:
+        """What to tell of bare parameters. The host (0.30 to 0.33) patches modules without submodules only."""
+        owners = {name: name.rpartition(".")[0] for name in names if module(name) == name}
+        found = [name for name, owner in owners.items() if self.comparison.base.has_submodules(owner)]
+        said = "written, but ComfyUI applies no LoRA to parameters beside submodules"
+        return [f"{listed(found)}: {said}"] if found else []
 
     def _specs(self) -> dict[str, TensorSpec]:
         """Every tensor that the file may get, as large as it may be."""

@@ -114,6 +114,7 @@ def test_vectors_are_plain_differences_in_fp32(tmp_path):
         difference = moved[name].float() - (base | extra)[name].float()
         assert torch.equal(tensors[f"diffusion_model.{key}"], difference), key
     assert {f"diffusion_model.{key}" for key in expected} == {key for key in tensors if ".lora_" not in key}
+    assert [w for w in report.warnings if w.startswith("pad_token: written, but ComfyUI applies no LoRA")]
     assert set(report.vectors) == {"pad_token", "norm.weight", "norm.bias", f"{NORM}.weight"}
 
 
