@@ -21,7 +21,7 @@ MAX_RANK = 256  # of a reduced difference, and at most an eighth of the smaller 
 FULL = "as a full product"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Form:
     """strength * (pair and bias) and the extras' own additions, side by side.
 

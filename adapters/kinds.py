@@ -47,7 +47,7 @@ class Adapter:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
     """All that one file does to one layer. `bias` [out] is added to the layer's bias, times strength; `reshape` pads
     the weight with zeros to that shape before the adapter is added."""
