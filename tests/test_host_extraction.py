@@ -8,14 +8,19 @@ from safetensors.torch import load_file, save_file
 
 from comfy_host import TINY, Trajectory, calibrate, node, relative, sample
 from synthetic import fingerprint
-from tessera.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.host
 QUANTIZED, ORIGINAL = "diffusion_models/tiny_nvfp4.safetensors", "diffusion_models/tiny.safetensors"
 NOT_LOADED = ("lora key not loaded", "NOT LOADED")
-WORDS, WIDTH = 64, 2560  # by which the host knows Qwen3-4B
+WORDS, WIDTH, LAYERS = 64, 2560, 3  # the host knows Qwen3-4B by its width
+PARTS = {
+    "self_attn.q_proj": (256, WIDTH), "self_attn.k_proj": (128, WIDTH), "self_attn.v_proj": (128, WIDTH),
+    "self_attn.o_proj": (WIDTH, 256), "mlp.gate_proj": (320, WIDTH), "mlp.up_proj": (320, WIDTH),
+    "mlp.down_proj": (WIDTH, 320), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,),
+    "input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,),
+}  # fmt: skip
 OPTIONS = {"qwen3_4b_model_config": {  # the host's own option for other sizes
-    "num_hidden_layers": 1, "vocab_size": WORDS, "intermediate_size": 320,
+    "num_hidden_layers": LAYERS, "vocab_size": WORDS, "intermediate_size": 320,
     "num_attention_heads": 2, "num_key_value_heads": 1,
 }}  # fmt: skip
 
@@ -133,35 +138,27 @@ def test_interrupting_leaves_no_file_and_a_second_run_never_overwrites(models, t
     assert fingerprint(models) == before
 
 
-def test_a_text_encoders_lora_is_read_by_the_host(models):
+def encoder(seed):
+    """A small text encoder that the host takes for Qwen3-4B."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed_tokens": (WORDS, WIDTH), "norm": (WIDTH,)}
+    shapes |= {f"layers.{i}.{part}": shape for i in range(LAYERS) for part, shape in PARTS.items()}
+    return {f"model.{name}.weight": torch.randn(shape, generator=generator).bfloat16() * 0.02
+            for name, shape in shapes.items()}  # fmt: skip
+
+
+def test_the_host_has_a_layer_for_every_key_of_a_text_encoders_lora(models):
     import comfy.lora
     import comfy.sd
 
-    def random(*shape):
-        return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
-
-    generator, layer = torch.Generator().manual_seed(0), "model.layers.0"
-    shapes = {"self_attn.q_proj": (256, WIDTH), "self_attn.k_proj": (128, WIDTH), "self_attn.v_proj": (128, WIDTH),
-              "self_attn.o_proj": (WIDTH, 256), "mlp.gate_proj": (320, WIDTH), "mlp.up_proj": (320, WIDTH),
-              "mlp.down_proj": (WIDTH, 320)}  # fmt: skip
-    norms = {
-        "self_attn.q_norm": 128,
-        "self_attn.k_norm": 128,
-        "input_layernorm": WIDTH,
-        "post_attention_layernorm": WIDTH,
-    }
-    base = {"model.embed_tokens.weight": random(WORDS, WIDTH), "model.norm.weight": torch.ones(WIDTH)}
-    base |= {f"{layer}.{name}.weight": random(*shape) for name, shape in shapes.items()}
-    base |= {f"{layer}.{name}.weight": torch.ones(size) for name, size in norms.items()}
-    for name, tensors in (("te", base), ("te_tuned", {key: t.float() + random(*t.shape) for key, t in base.items()})):
-        save_file(tensors, models / "text_encoders" / f"{name}.safetensors")
+    folder = models / "text_encoders"
+    for seed, name in enumerate(("te", "te_tuned")):
+        save_file(encoder(seed), folder / f"{name}.safetensors")
     name, _ = extract("text_encoders/te.safetensors", "text_encoders/te_tuned.safetensors", "", rank=8)
-    clip = comfy.sd.load_clip(
-        [str(models / "text_encoders" / "te.safetensors")], None, comfy.sd.CLIPType.LUMINA2, OPTIONS
-    )
+    assert name == "te_tuned_minus_te.safetensors"
+    clip = comfy.sd.load_clip([str(folder / "te.safetensors")], None, comfy.sd.CLIPType.LUMINA2, OPTIONS)
     known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-    keys = Checkpoint(models / "loras" / name).tensors
-    bases = {key.split(".lora_")[0].removesuffix(".diff") for key in keys}
-    assert len(bases) == len(base) and bases <= known.keys()
-    loaded = comfy.lora.load_lora(load_file(models / "loras" / name), known)
-    assert len(loaded) == len(base)
+    tensors = load_file(models / "loras" / name)
+    assert {key.split(".lora_")[0].removesuffix(".diff") for key in tensors} <= known.keys()
+    patches = comfy.lora.load_lora(tensors, known)
+    assert len(patches) == len(encoder(0)) and set(clip.patcher.add_patches(patches)) == patches.keys()
