@@ -144,7 +144,8 @@ def _attach(cls, model, clip, lines, schedule=None, tolerance=0.02) -> io.NodeOu
         said += texts
     for text in said:
         log.info("Tessera: %s", text)
-    host.say(cls.hidden.unique_id, "\n".join(said) or "no LoRA is on; model and text encoder are passed on as they are")
+    shown = [f"• {text}" for text in said] if len(said) > 1 else said  # Nodes 2.0 runs lines together
+    host.say(cls.hidden.unique_id, "\n".join(shown) or "no LoRA is on: all is passed on as it is")
     return io.NodeOutput(model, clip)
 
 

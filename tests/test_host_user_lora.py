@@ -1,9 +1,9 @@
 """Inside the real ComfyUI: LoRA nodes in place of ComfyUI's own, stacks, text encoders, strengths that move."""
 
 import itertools
+import json
 import os
 import shutil
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import lora_files
 import small_clip
 from comfy_host import STEPS, TINY, Trajectory, node, relative, sample
 from conftest import ROOT, TESTS
+from frontend_workflow import api_format
 from host_server import HostError, HostServer
 
 pytestmark = pytest.mark.host
@@ -380,6 +381,30 @@ def test_strength_runs_only_what_is_behind_it(host):
     assert set(ran) == {"stack", "sample", "decode", "save", "encode"}
 
 
+def test_example_workflow_runs_as_it_is_opened_and_with_a_lora(host):
+    workflow = json.loads((ROOT / "example_workflows" / "tessera_lora_stack.json").read_text())
+    prompt = api_format(workflow, host.object_info())
+    ids = {entry["class_type"]: id for id, entry in prompt.items()}
+    stack = prompt[ids["TesseraLoRAStack"]]["inputs"]
+    text = prompt[ids["CLIPTextEncode"]]["inputs"]
+    assert text["clip"] == [ids["TesseraLoRAStack"], 1] and stack["clip"] == [ids["TesseraCLIPLoader"], 0]
+    for kind in ("TesseraCLIPLoader", "VAELoader", "TesseraCorrectionLoRA"):
+        del prompt[ids[kind]]
+    prompt |= {
+        ids["TesseraDiffusionModelLoader"]: graph(one=step("", clip=0))["load"],
+        ids["CLIPTextEncode"]: step("TinyPrompt", text="big red star center on white plain"),
+        ids["VAEDecode"]: step("TinyDecode", samples=[ids["KSampler"], 0]),
+        "clip": step("SmallCLIP", name="small.safetensors"),
+    }
+    stack |= {"model": [ids["TesseraDiffusionModelLoader"], 0], "clip": ["clip", 0]}
+    prompt[ids["EmptySD3LatentImage"]]["inputs"] |= {"width": 128, "height": 128}
+    prompt[ids["KSampler"]]["inputs"]["steps"] = 2
+    bare, _ = results(host, prompt)
+    stack["stack"] += "\nmodel.safetensors : 1"
+    found, _ = results(host, prompt)
+    assert bare.std() > 20 and np.abs(found - bare).mean() > 1
+
+
 def test_a_file_that_was_replaced_is_read_again(host):
     lines = ["model.safetensors : 1"]
     before, _ = results(host, stacked(*lines))
@@ -393,11 +418,10 @@ def test_node_tells_what_became_of_each_file(host):
     since = len(host.events)
     host.run(stacked("both.safetensors : 0.55", "model.safetensors : 0.45"))
     (text,) = host.progress_texts("stack", since)
-    assert Counter(line.split(":")[0] for line in text.splitlines()) == {
-        "both.safetensors": 1, "text encoder": 1, "model.safetensors": 1,
-    }  # fmt: skip
+    lines = [line.removeprefix("• ") for line in text.splitlines()]
+    assert [line.split(":")[0] for line in lines] == ["both.safetensors", "text encoder", "model.safetensors"]
     assert f"{len(LAYERS)} layers, unmerged ({len(LAYERS)} LoRA)" in text
-    for line in text.splitlines():
+    for line in lines:
         assert f"Tessera: {line}" in host.log
 
 
