@@ -107,7 +107,7 @@ class Bake:
             notes += [self._best_effort(),
                       f"kept byte for byte: {len(staying)} quantized layers that nothing changes{carried}"]  # fmt: skip
         plain = [key for key in self.source.changes if key.removesuffix(".weight") not in self.choices]
-        notes += [f"{len(plain)} tensors that are not quantized have it merged in"] if plain else []
+        notes += [f"merged into tensors that are not quantized: {len(plain)}"] if plain else []
         notes += [note for addition in self.additions for note in addition.notes]
         return [*notes, *self.source.notes(), *self.warnings]
 

@@ -30,6 +30,11 @@ class Names:
 
     shapes: Mapping[str, tuple[int, ...]]
 
+    def key(self, key: str) -> str:
+        """The file's name of a tensor that hosts rename on loading: RMS norms have scales in it and weights there."""
+        scale = f"{key.removesuffix('.weight')}.scale"
+        return scale if key not in self.shapes and scale in self.shapes else key
+
     def find(self, base: str) -> Place | None:
         """Full names, with or without prefixes; then kohya's, with underscores for dots."""
         found, rest = self._places.get(base), base
@@ -46,6 +51,9 @@ class Names:
         names = [key.removesuffix(".weight") for key in self.shapes if key.endswith(".weight")]
         places = {name: Place(name) for name in names}
         places |= {key: Place(key) for key in self.shapes if not key.endswith((".weight", ".bias")) and key}
+        for key in self.shapes:
+            if key.endswith(".scale"):
+                places.setdefault(key.removesuffix(".scale"), Place(key))
         for name in names:
             for other in self._others(name):
                 places.setdefault(other, Place(name))

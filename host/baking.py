@@ -9,7 +9,7 @@ import comfy.lora
 from ..additions import Addition, Edit, Part, sha256
 from ..baking import Bake
 from ..checkpoint import Checkpoint
-from ..matching import Place
+from ..matching import Names, Place
 from ..quantization.recipe import Recipe
 from . import stacking
 from .attaching import TRUNK, lora_beside
@@ -32,7 +32,8 @@ def bake_of(patcher, original: Path | None = None, recipe: Recipe | None = None)
     additions = [_addition(*item) for item in items if not item[0].correction]
     correction = _correction(patcher, [item for item in items if item[0].correction])
     absorbs = any(layer.absorbs for layer in file.layers.values())
-    return Bake(file, additions, original, recipe, None if absorbs else correction, _edits(patcher))
+    names = Names((original or file).shapes())
+    return Bake(file, additions, original, recipe, None if absorbs else correction, _edits(patcher, names))
 
 
 def file_of(patcher) -> Path | None:
@@ -70,10 +71,12 @@ def _correction(patcher, attached: list[stacking.Item]) -> Path | None:
     return path or (None if beside is None else Path(beside))
 
 
-def _edits(patcher) -> dict[str, Edit]:
+def _edits(patcher, names: Names) -> dict[str, Edit]:
     """The host's weight patches, by the key in the model's own file, as the host computes them."""
     edits = {}
     for key, patches in patcher.patches.items():
         if key.startswith(TRUNK) and patches:
-            edits[key.removeprefix(TRUNK)] = lambda weight, p=patches, k=key: comfy.lora.calculate_weight(p, weight, k)
+            edits[names.key(key.removeprefix(TRUNK))] = lambda weight, p=patches, k=key: comfy.lora.calculate_weight(
+                p, weight, k
+            )
     return edits

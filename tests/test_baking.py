@@ -1,12 +1,16 @@
 """Baked LoRAs: what is written is what the model was with them, quantized; what nothing changes stays as it is."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import lora_files
+from conftest import TESTS
 from synthetic import fingerprint, noise, recipe_file, save
 from tessera import additions, cli
 from tessera.baking import Bake, correction_beside
@@ -15,7 +19,7 @@ from tessera.contents import lora_key
 from tessera.job import Job, lora_path
 from tessera.matching import Names, Place
 from tessera.output import read_branch
-from tessera.quantization import recipe
+from tessera.quantization import calibration, recipe
 from tessera.quantization.metrics import relative_error
 from tessera.quantization.pipeline import Settings
 
@@ -270,6 +274,55 @@ def test_the_same_baking_again_is_recognised_and_another_overwrites_nothing(fold
     assert fingerprint(folder) == before
 
 
+def test_a_killed_baking_resumes_to_the_same_bytes(folder, capsys):
+    command = ["bake", "model.safetensors", "--lora", "style.safetensors:0.8", "--original", "original.safetensors",
+               "--resume", "-o"]  # fmt: skip
+    assert cli.main([*command, "whole.safetensors"]) == 0
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(TESTS), *command, "cut.safetensors"], check=False)
+    assert killed.returncode == -signal.SIGKILL and not (folder / "cut.safetensors").exists()
+    capsys.readouterr()
+    assert cli.main([*command, "cut.safetensors"]) == 0
+    assert "resumed: 2 of 4 layers" in capsys.readouterr().out
+    for whole, cut in (("whole.safetensors", "cut.safetensors"), ("whole_lora.safetensors", "cut_lora.safetensors")):
+        whole, cut = Checkpoint(whole), Checkpoint(cut)
+        assert whole.tensors == cut.tensors and same(whole, cut, whole.tensors)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from conftest import load_pack
+load_pack()
+from tessera import cli, job, journal
+journal.INTERVAL, run = 0, job.Job.run
+def killed(self, progress):
+    return run(self, lambda step: step.index < 2 or os.kill(os.getpid(), signal.SIGKILL))
+job.Job.run = killed
+cli.main(sys.argv[2:])
+"""
+
+
+def statistics(model):
+    """Of the first layer's input, uneven and with a mean."""
+    site = calibration.Accumulator(IN)
+    site.add(torch.randn(512, IN, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, IN) + 1)
+    return calibration.Calibration({QKV: site.statistics()}, {QKV: QKV}, calibration.fingerprint(model), 1)
+
+
+def test_statistics_of_the_original_are_used(folder):
+    known = statistics(Checkpoint("original.safetensors"))
+    report, _, _ = bake("style.safetensors", original=True, calibration=known, out="a.safetensors")
+    row = next(row for row in report.layers if row.name == QKV)
+    assert report.calibrated == 1 and row.corrected_output_error < row.output_error < row.error
+    report, _, _ = bake("style.safetensors", calibration=known, out="b.safetensors")
+    assert report.calibrated == 1 and any(
+        "nothing can tell whether they are this model's" in n for n in report.warnings
+    )
+    foreign = statistics(Checkpoint("model.safetensors"))
+    with pytest.raises(ValueError, match="statistics of another model"):
+        bake("style.safetensors", original=True, calibration=foreign, out="c.safetensors")
+
+
 def test_nothing_to_bake_is_said(folder):
     with pytest.raises(ValueError, match="nothing to bake"):
         bake("style.safetensors:0")
@@ -307,11 +360,14 @@ def test_misfits_are_named(folder):
     ("layers.0.attention.to_k", Place(QKV, (32, 32))),
     ("lora_transformer_layers_0_attention_to_v", Place(QKV, (64, 32))),
     ("transformer.layers.0.attention.to_out.0", Place(PROJECTION)), ("norm", Place("norm")),
-    ("diffusion_model.pad_token", Place("pad_token")), ("transformer.all_x_embedder.2-1", Place("x_embedder")),
+    ("diffusion_model.pad_token", Place("pad_token")),
+    ("diffusion_model.blocks.0.key_norm", Place("blocks.0.key_norm.scale")),
+    ("transformer.all_x_embedder.2-1", Place("x_embedder")),
     ("layers.7.attention.qkv", None), ("lora_te1_text_model_encoder_layers_0_mlp_fc1", None),
 ])  # fmt: skip
 def test_base_names_are_found(base, place):
-    assert Names({key: tuple(tensor.shape) for key, tensor in original().items()}).find(base) == place
+    shapes = {key: tuple(tensor.shape) for key, tensor in original().items()}
+    assert Names(shapes | {"blocks.0.key_norm.scale": (IN,)}).find(base) == place
 
 
 def test_a_slice_changes_its_rows_only(folder):
