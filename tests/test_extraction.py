@@ -329,6 +329,18 @@ def test_statistics_of_either_model_will_do_and_silent_layers_are_told(pair):
                    for w in report.warnings)  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("wish", [Wish(rank=8), Wish(tolerance=0.3)])
+def test_a_gpu_finds_the_same_pairs(calibrated, wish):
+    base, original, known = calibrated
+    expected, _ = extract(base, original, base.with_name("cpu.safetensors"), wish=wish, calibration=known)
+    report, tensors = extract(base, original, wish=wish, calibration=known, device="cuda")
+    for row, truth in zip(report.layers, expected.layers, strict=True):
+        assert row.rank == truth.rank and row.loss == pytest.approx(truth.loss, rel=1e-3)
+        assert product(tensors, row.name).isfinite().all()
+
+
 # ---- text encoders and whole checkpoints
 
 

@@ -45,6 +45,14 @@ def error(reference, model):
     return sum(errors) / len(errors)
 
 
+def test_the_node_explains_itself(models):
+    schema = node("TesseraExtractLoRA").GET_SCHEMA()
+    assert all(entry.tooltip for entry in (*schema.inputs, *schema.outputs))
+    page = (ROOT / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {schema.display_name}\n") and schema.description and schema.search_aliases
+    assert all(f"| `{entry.id}` |" in page for entry in schema.inputs)
+
+
 @pytest.fixture(scope="module")
 def correction(tiny):
     return extract(QUANTIZED, ORIGINAL, "repair/mine")
