@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_host import TINY, Trajectory, calibrate, node, relative, sample
+from comfy_host import ROOT, TINY, Trajectory, calibrate, node, relative, sample
 from synthetic import fingerprint
 
 pytestmark = pytest.mark.host
