@@ -20,7 +20,7 @@ from ..kernels import dispatch
 from ..kernels.dispatch import Plan
 from ..kernels.facts import DeviceFacts
 from ..transcode import Cache
-from . import attaching, embedding, wiring
+from . import attaching, embedding, guard, wiring
 from .operations import Loading, operations
 
 log = logging.getLogger("tessera")
@@ -54,6 +54,7 @@ def load_diffusion_model(path: str, model_options: dict | None = None, speed: st
         raise ValueError(f"{file.name}: ComfyUI does not know this model's architecture; is it a diffusion model?")
     model.cached_patcher_init = (load_diffusion_model, (path, dict(model_options or {}), speed, cache))
     wiring.wire(model)
+    guard.install(model)
     _attach_own(file, model, branches)
     _announce(file, model, loading)
     return model
@@ -84,6 +85,7 @@ def load_clip(path: str, clip_type, model_options: dict | None = None, speed: st
     )
     clip.patcher.cached_patcher_init = (_load_clip_patcher, (path, clip_type, dict(model_options or {}), speed, cache))
     wiring.wire(clip.patcher)
+    guard.install(clip.patcher)
     _attach_own(file, clip.patcher, branches)
     _announce(file, clip.patcher, loading)
     return clip

@@ -21,7 +21,7 @@ from ..kernels import dispatch, linear
 from ..kernels.dispatch import Plan
 from ..kernels.linear import Gated, Stored
 from ..quantization.lowrank import LowRank
-from . import layouts
+from . import layouts, rounding
 from .carrying import EXTENDED, KINDS, Carrying, cast
 
 if TYPE_CHECKING:
@@ -182,9 +182,21 @@ class Planned(Carrying):
             self._code_max = max(-int(codes.min()), int(codes.max()), 1)
         return self._code_max
 
-    def set_weight(self, *args, **kwargs):
+    def convert_weight(self, weight, *args, **kwargs):
+        if isinstance(weight, comfy.quant_ops.QuantizedTensor):
+            weight = weight.to(dtype=torch.float32)  # 16 bits would move values off their grid
+        return super().convert_weight(weight, *args, **kwargs)
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """Rounds without bias, where the host's dither moves even values that are on the grid."""
         self._code_max = 127  # a merged LoRA's codes use the whole range
-        return super().set_weight(*args, **kwargs)
+        merged = rounding.rounded(self, self.stored_weight(weight), seed)
+        if merged is None:
+            return super().set_weight(weight, inplace_update, seed, return_weight, **kwargs)
+        if return_weight:
+            return merged
+        self.weight = torch.nn.Parameter(merged, requires_grad=False)
+        return None
 
     def _count(self, kernel: str) -> None:
         if not torch.compiler.is_compiling():  # a number that keeps changing would make it start over

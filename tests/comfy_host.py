@@ -174,7 +174,8 @@ def variants(names):
     def correct(model, strength):
         return node("TesseraCorrectionLoRA").execute(model, names["lora"], strength).args[0]
 
-    merged = nodes.LoraLoaderModelOnly().load_lora_model_only(quantized, names["lora"], 1.0)[0]
+    stock = nodes.UNETLoader().load_unet(names["model"], "default")[0]  # of ours the merge guard would take it over
+    merged = nodes.LoraLoaderModelOnly().load_lora_model_only(stock, names["lora"], 1.0)[0]
     models = {"0": quantized, "0.5": correct(quantized, 0.5), "1": correct(quantized, 1.0), "merged": merged}
     return load(names["bf16"]).args[0], models | {"1, auto": correct(load(names["model"]).args[0], 1.0)}
 

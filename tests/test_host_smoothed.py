@@ -41,6 +41,12 @@ def effect(models):
     return up @ down
 
 
+@pytest.fixture(autouse=True)
+def merging(monkeypatch):
+    """The merge guard would run these LoRAs beside the layers."""
+    monkeypatch.setenv("TESSERA_MERGE_GUARD", "0")
+
+
 def ours(name, speed="exact"):
     """Smoothed layers as they are stored; `auto` transcodes them on a CPU, without smoothing."""
     return node("TesseraDiffusionModelLoader").execute(name, speed=speed).args[0]

@@ -1,0 +1,276 @@
+"""The merge guard: LoRAs of ComfyUI's own nodes run beside the layers of our models, instead of inside their weights.
+
+Stock nodes call `clone.add_patches(...)`. On patchers of models from our loaders that method first does what it does,
+and then whatever can run beside a linear layer moves from `patches` into the stack. Norms, convolutions and what only
+the host can compute stay with it. Nodes that save or scale whole weights are given the patches back.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+import uuid
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import torch
+from comfy.patcher_extension import CallbacksMP
+from safetensors import safe_open
+
+from ..injection import FUSED, module_at
+from . import adapters, attaching, settings, stacking
+from .adapters import Patch
+from .stacking import Entry, names_of
+
+log = logging.getLogger("tessera")
+
+KEY = "tessera.guard"
+NAME = "LoRA of a ComfyUI node"
+PROBES = 3  # tensors of the correction LoRA that a patch is compared with
+Patches = list[tuple[str, Patch]]  # (key of the parameter, patch), in the order they came
+
+
+@dataclass(frozen=True, eq=False)
+class Taken(Entry):
+    """An entry that was patches: they are kept, to give them back."""
+
+    patches: tuple[tuple[str, Patch], ...] = ()
+    positions: tuple[int, ...] = ()  # of them among the patches that came together
+
+
+def install(patcher) -> None:
+    """Guards a patcher and all clones of it."""
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _guard_clone)
+    _guard(patcher)
+
+
+def merged_hint(patcher) -> str | None:
+    """What to tell if the host merges patches into quantized weights of a MODEL or CLIP's patcher; None if not."""
+    quantized = attaching.quantized_layers(patcher) if patcher.patches else set()
+    layers = sorted(quantized & {_layer(key) for key in patcher.patches if key.endswith(".weight")})
+    if not layers:
+        return None
+    text = f"{len(layers)} quantized layers have a LoRA merged by ComfyUI ({names_of(layers)}): "
+    if KEY in patcher.callbacks.get(CallbacksMP.ON_CLONE, {}):
+        return text + "rounded without bias, but most of a weak LoRA is noise; Load LoRA (Tessera) runs it beside them"
+    return text + "its rounding costs more than 4-bit quantization itself; load the model with Tessera's loader, or " \
+                  "replace the LoRA node by Load LoRA (Tessera)"  # fmt: skip
+
+
+def _guard_clone(_, clone) -> None:
+    _guard(clone)
+
+
+def _guard(patcher) -> None:
+    """On the instance, not by a subclass, whose signatures would drift from the host's (design/host.md 26)."""
+    for name, function in (("add_patches", _add_patches), ("get_key_patches", _get_key_patches),
+                           ("model_state_dict_for_saving", _state_dict_for_saving)):  # fmt: skip
+        setattr(patcher, name, _Method(patcher, name, function))
+
+
+class _Method:
+    """A method of one patcher, which it does not keep alive: patchers are freed when the last reference goes."""
+
+    def __init__(self, patcher, name: str, function):
+        self._patcher, self._function = weakref.ref(patcher), function
+        self._original = getattr(type(patcher), name)
+
+    def __call__(self, *args, **kwargs):
+        patcher = self._patcher()
+        return self._function(patcher, functools.partial(self._original, patcher), *args, **kwargs)
+
+
+def _add_patches(patcher, original, *args, **kwargs):
+    """As the host's, and with its result: the keys that were patched, beside their layers or not."""
+    before, version = {key: len(patches) for key, patches in patcher.patches.items()}, patcher.patches_uuid
+    keys = original(*args, **kwargs)
+    new = [(key, patch) for key, patches in patcher.patches.items() for patch in patches[before.get(key, 0) :]]
+    linear = [item for item in new if _is_linear(patcher.model, item[0])]
+    if any(patch[2] != 1.0 for _, patch in linear):  # a node that scales weights must find all that is added to them
+        _give_back(patcher, {key for key, _ in linear}, before)
+        return keys
+    correction = bool(linear) and _is_correction(patcher, linear)
+    if linear and (correction or settings.merge_guard()) and _take(patcher, linear, before, correction) == len(new):
+        patcher.patches_uuid = version  # no weight has changed: another uuid would have them all loaded again
+    return keys
+
+
+def _get_key_patches(patcher, original, *args, **kwargs):
+    """As the host's, taken patches included: merging nodes get the model they would get without the guard."""
+    found = original(*args, **kwargs)
+    for entry, strength, _ in _taken(patcher):
+        for key, patch in entry.patches:
+            if key in found:
+                found[key] = [*found[key], (strength, *patch[1:])]
+    return found
+
+
+def _state_dict_for_saving(patcher, original, *args, **kwargs):
+    """As the host's, with taken patches merged; a correction LoRA stays a file of its own."""
+    apart = [entry.name for entry, _, _ in stacking.entries(patcher) if not entry.absorbed]
+    if any(not entry.correction for entry, _, _ in _taken(patcher)):
+        patcher = patcher.clone()
+        _give_back(patcher)
+        comfy.model_management.load_models_gpu([patcher])
+        return patcher.model_state_dict_for_saving(*args, **kwargs)
+    if apart:
+        log.warning("Tessera: the model is saved without what runs beside its weights: %s", names_of(apart))
+    return original(*args, **kwargs)
+
+
+def _take(patcher, linear: Patches, before: dict[str, int], correction: bool) -> int:
+    """Moves patches into the stack; how many."""
+    able, reasons = [], []
+    for key, patch in linear:
+        reason = _unable(patcher.model, patch, key, bool(before.get(key)))
+        reasons.append((key, reason)) if reason else able.append((key, patch))
+    moved: Patches = []
+    for strength in {patch[0]: None for _, patch in able}:  # one, as nodes call it
+        together = [item for item in able if item[1][0] == strength]
+        entry, left = _entry(patcher, together, correction)
+        reasons += left
+        if entry is not None:
+            stacking.attach(patcher, entry, float(strength))
+            moved += [together[position] for position in entry.positions]
+    _remove(patcher, moved)
+    if reasons:
+        names = sorted({_layer(key) for key, _ in reasons})
+        log.warning("Tessera: LoRA of a ComfyUI node: %d layers get it merged, rounded without bias (%s), as %s",
+                    len(names), names_of(names), Counter(why for _, why in reasons).most_common(1)[0][0])  # fmt: skip
+    return len(moved)
+
+
+def _entry(patcher, items: Patches, correction: bool) -> tuple[Taken | None, list[tuple[str, str]]]:
+    """(what of the patches can run beside layers, (key, why not) of the others), made once per content."""
+    identity = "patches", adapters.identity(items), correction
+    known = stacking.kept(patcher).entry(identity)
+    if known is not None:
+        return known, list(known.rest)
+    placed, positions, left = [], [], []
+    for position, (key, patch) in enumerate(items):
+        layer, _, part = key.rpartition(".")
+        found = adapters.place(patch, layer, part, module_at(patcher.model, layer))
+        if isinstance(found, str):
+            left.append((key, found))
+        else:
+            placed.append(found)
+            positions.append(position)
+    if not placed:
+        return None, left
+    taken = tuple(items[position] for position in positions)
+    entry = Taken(identity, NAME, placed, correction, rest=tuple(left), patches=taken, positions=tuple(positions))
+    _announce(entry)
+    return entry, left
+
+
+def _announce(entry: Taken) -> None:
+    """In the log, once for each content."""
+    if entry.correction:
+        log.warning("Tessera: a ComfyUI node got this model's correction LoRA, which merging would lose: it corrects "
+                    "%d layers from beside their weights instead; Load Correction LoRA (Tessera) is the node for it",
+                    len(entry.layers))  # fmt: skip
+        return
+    kinds = Counter(placed.change.kind for placed in entry.changes)
+    said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    log.info("Tessera: a LoRA of a ComfyUI node runs beside %d layers (%s) and is merged into none of their weights; "
+             "the setting Tessera, Merge guard switches that off", len(entry.layers), said)  # fmt: skip
+
+
+def _remove(patcher, moved: Patches) -> None:
+    gone = {id(patch) for _, patch in moved}
+    for key in {key for key, _ in moved}:
+        patcher.patches[key] = [patch for patch in patcher.patches[key] if id(patch) not in gone]
+        if not patcher.patches[key]:
+            del patcher.patches[key]
+
+
+def _taken(patcher) -> list[stacking.Item]:
+    return [item for item in stacking.entries(patcher) if isinstance(item[0], Taken)]
+
+
+def _give_back(patcher, keys: set[str] | None = None, before: dict[str, int] | None = None) -> None:
+    """Puts taken patches back to be merged, behind the first `before` of each key: entries that touch one of the keys;
+    without keys all but corrections."""
+    items = stacking.entries(patcher)
+    back = [(entry, strength) for entry, strength, _ in items if isinstance(entry, Taken) and (
+        not entry.correction if keys is None else any(key in keys for key, _ in entry.patches))]  # fmt: skip
+    if not back:
+        return
+    gone = {id(entry) for entry, _ in back}
+    rest = [item for item in items if id(item[0]) not in gone]
+    stacking._carry(patcher, rest) if rest else stacking._drop(patcher)
+    places = Counter(before or {})
+    for entry, strength in back:
+        for key, patch in entry.patches:
+            patches = patcher.patches.get(key, [])
+            patcher.patches[key] = [*patches[: places[key]], (strength, *patch[1:]), *patches[places[key] :]]
+            places[key] += 1
+    patcher.patches_uuid = uuid.uuid4()
+    log.info("Tessera: %d LoRAs of ComfyUI nodes are merged after all, as a node that saves or merges models asks for "
+             "the weights", len(back))  # fmt: skip
+
+
+def _unable(model: torch.nn.Module, patch: Patch, key: str, merged: bool) -> str | None:
+    """Why a patch must be left to the host, for a reason that lies in the model."""
+    if merged and adapters.sees_weight(patch[1]):
+        return "it depends on a weight that ComfyUI has changed by merging"
+    if getattr(module_at(model, _layer(key)), "layout_type", None) == FUSED and _bypassed(model, _layer(key)):
+        return "ComfyUI multiplies the layer without calling it, so that nothing can run beside"
+    return None
+
+
+def _bypassed(model: torch.nn.Module, layer: str) -> bool:
+    """Whether the layer is one that a block of the host's gives to `linear_input_act`."""
+    parts = layer.split(".")
+    return any(
+        ".".join(parts[cut:]) in _fused_in(type(module_at(model, ".".join(parts[:cut]))))
+        for cut in range(1, len(parts))
+    )
+
+
+@functools.cache
+def _fused_in(cls: type) -> frozenset[str]:
+    """Paths below a block whose layers its code gives to `linear_input_act`."""
+    try:
+        code = inspect.getsource(cls) if cls.__module__.startswith("comfy.") else ""
+    except (OSError, TypeError):  # without source, as in a frozen build
+        code = ""
+    found = re.findall(r"linear_input_act\(\s*self([\w.\[\]]+)", code)
+    return frozenset(re.sub(r"\[(\d+)\]", r".\1", path).strip(".") for path in found)
+
+
+def _is_correction(patcher, linear: Patches) -> bool:
+    """Whether the patches are the model's own correction LoRA: some tensors of its file, bit for bit."""
+    path = attaching.lora_beside(patcher)
+    if path is None:
+        return False
+    stat = Path(path).stat()
+    probes = _probes(path, stat.st_mtime_ns, stat.st_size)
+    return bool(probes) and probes <= {adapters.digest(t) for _, patch in linear for t in adapters.tensors(patch[1])}
+
+
+@functools.lru_cache(maxsize=16)
+def _probes(path: str, *_version: int) -> frozenset[bytes]:
+    """Digests of a few factors of a LoRA file."""
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2]  # noqa: SIM118 not a dict
+        return frozenset(adapters.digest(file.get_tensor(name)) for name in names[:: max(1, len(names) // PROBES)])
+
+
+def _is_linear(model: torch.nn.Module, key: str) -> bool:
+    """Whether a parameter is the weight or bias of a linear layer of the host's, which runs by being called."""
+    layer, _, part = key.rpartition(".")
+    if part not in ("weight", "bias") or not layer:
+        return False
+    module = module_at(model, layer)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return hasattr(module, "comfy_cast_weights") and all(isinstance(size, int) for size in sizes)
+
+
+def _layer(key: str) -> str:
+    return key.rpartition(".")[0]
