@@ -43,13 +43,8 @@ class Strengths:
 
     def prepare(self, branches: Branches, device: torch.device) -> None:
         """Makes every tensor that the branches will read there: a graph must not."""
-        branches.build()
-        for module in (*branches.items, *branches.groups):
-            self.vector(module.runs, device)
-        for item in branches.items:
-            self.vector(item.bias_runs, device)
-            for entry, _ in item.places:
-                self.scalar(entry, device)
+        for runs in branches.build().runs:
+            self.vector(runs, device)
 
     def set(self, values: Iterable[float]) -> None:
         """Takes effect at the next forward; nothing is reloaded or recompiled."""
@@ -125,6 +120,10 @@ class Branch(nn.Module):
         if self.fired < 2:  # enough to tell; a number that keeps changing would make torch.compile start over
             self.fired += 1
 
+    def forget(self) -> None:
+        """As if it had not been used."""
+        self.__dict__["fired"] = 0  # past nn.Module's slow __setattr__
+
     def product(self, x: Tensor, strengths: Strengths, cast: Cast) -> LowRankBranch | None:
         """Its low-rank part on x's device and in x's dtype; None if it has none."""
         if self.up is None:
@@ -176,6 +175,7 @@ class Branches(nn.Module):
         self.layers = list(parts)
         self.items, self.groups = nn.ModuleList(), nn.ModuleList()
         self._plan = parts, shapes, linear, list(siblings), dtype
+        self.runs: set[Runs] = set()  # of all strengths that they read
 
     @property
     def built(self) -> bool:
@@ -191,6 +191,9 @@ class Branches(nn.Module):
             alone = set(self.layers) - {name for names in shared for name in names}
             for names in [*shared, *((name,) for name in self.layers if name in alone)]:
                 self._group([(by_name[name], parts[name]) for name in names if name in by_name], linear, dtype)
+            self.runs = {module.runs for module in (*self.items, *self.groups)}
+            self.runs |= {item.bias_runs for item in self.items}
+            self.runs |= {((entry, 1),) for item in self.items for entry, _ in item.places}
         return self
 
     def state_dict(self, *args, **kwargs):

@@ -37,10 +37,12 @@ class Injection:
         self.strengths.prepare(branches, getattr(patcher, "load_device", torch.device("cpu")))
         handles = []
         for name, item in zip(branches.layers, branches.items, strict=True):
-            item.fired, module = 0, module_at(patcher.model, name)
-            attach = getattr(module, "attach_branch", None)  # a layer of ours takes it into its own product
-            hook = _adding(item, self.strengths, self.cast)
-            handles.append(attach(item, self.strengths) if attach else module.register_forward_hook(hook))
+            item.forget()
+            module = module_at(patcher.model, name)
+            if hasattr(module, "attach_branch"):  # a layer of ours takes it into its own product
+                handles.append(module.attach_branch(item, self.strengths))
+            else:
+                handles.append(module.register_forward_hook(_adding(item, self.strengths, self.cast)))
         registry[STACK] = (weakref.ref(patcher), handles)
 
     def eject(self, patcher) -> None:
