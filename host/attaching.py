@@ -246,9 +246,13 @@ def coverage(patcher, attached: Attached) -> str:
     return text
 
 
-def quantized_layers(patcher) -> set[str]:
+def quantized_layers(patcher) -> frozenset[str]:
     """Module paths of the layers whose weight is quantized, from any loader."""
-    return {name for name, module in patcher.model.named_modules() if getattr(module, "layout_type", None) is not None}
+    memory = stacking.kept(patcher)
+    if memory.quantized is None:
+        modules = patcher.model.named_modules()
+        memory.quantized = frozenset(n for n, module in modules if getattr(module, "layout_type", None) is not None)
+    return memory.quantized
 
 
 def lora_beside(patcher) -> str | None:

@@ -83,6 +83,7 @@ class Kept:
 
     def __init__(self):
         self.stacks: OrderedDict[tuple, Made] = OrderedDict()
+        self.quantized: frozenset[str] | None = None  # paths of its quantized layers
 
     def __deepcopy__(self, memo):
         return Kept()
