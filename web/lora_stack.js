@@ -62,14 +62,18 @@ function attach(node) {
     const linked = node.inputs?.find((/** @type {any} */ slot) => slot.name === "stack")?.link != null
     if (linked) root.replaceChildren(element("p", { textContent: "The stack comes from the connected node." }))
     else if (asText) root.replaceChildren(editor(), footer())
-    else root.replaceChildren(...(rows.length ? [head()] : []), list(), footer())
+    else root.replaceChildren(...(titled() ? [head()] : []), list(), footer())
     fit()
     const found = focus && root.querySelectorAll("li")[focus[0]]?.querySelector(`[data-part="${focus[1]}"]`)
     if (found instanceof HTMLElement) found.focus()
   }
 
   function height() {
-    return (asText ? 6 : rows.length + (rows.length ? 1 : 0)) * ROW + ROW + 12
+    return (asText ? 6 : rows.length + Number(titled())) * ROW + ROW + 12
+  }
+
+  function titled() {
+    return rows.some((row) => "name" in row)
   }
 
   /** Makes room for the rows, and gives it back unless the user has made the node taller. */
