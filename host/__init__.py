@@ -13,6 +13,7 @@ from .attaching import (
     quantized_layers,
 )
 from .baking import bake_of
+from .guard import merged_hint
 from .inspection import Inspection, inspect
 from .loading import load_clip, load_diffusion_model, plan_text, plans, transcoded_folder
 from .memory import ModelSource, clip_source, model_source
@@ -38,10 +39,8 @@ from .ui import (
 __all__ = [
     "PROBED_ACTIVATIONS", "Attached", "Budget", "Inspection", "ModelSource", "NothingFits", "ProbeCall", "Progress",
     "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "bake_of",
-    "calibration_of",
-    "calibration_path",
-    "calibrations", "clip_source", "compute_device", "coverage", "filenames", "full_path", "inspect", "lacks_branch",
-    "listed_name", "load_clip", "load_diffusion_model", "lora_beside", "make_room", "measure", "model_source",
-    "new_calibration_path", "new_recipe_path", "output_path", "plan_text", "plans",
-    "quantized_layers", "recipes_folder", "record", "say", "transcoded_folder",
+    "calibration_of", "calibration_path", "calibrations", "clip_source", "compute_device", "coverage", "filenames",
+    "full_path", "inspect", "lacks_branch", "listed_name", "load_clip", "load_diffusion_model", "lora_beside",
+    "make_room", "measure", "merged_hint", "model_source", "new_calibration_path", "new_recipe_path", "output_path",
+    "plan_text", "plans", "quantized_layers", "recipes_folder", "record", "say", "transcoded_folder",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import comfy.quant_ops
 
 from ..kernels.dispatch import Plan
+from . import guard, stacking
 from .attaching import quantized_layers
 from .carrying import Carrying
 from .loading import PLANS, plan_lines, plans
@@ -91,14 +92,18 @@ def inspect(patcher) -> Inspection:
     if not found:
         others = len(quantized_layers(patcher))
         hint = [f"{others} quantized layers from another loader: ComfyUI runs them, Tessera has not planned them"]
-        return Inspection(hint if others else [], [])
+        merged = guard.merged_hint(patcher)
+        return Inspection([*(hint if others else []), *([merged] if merged else [])], [])
     layers = {name: module for name, module in patcher.model.named_modules() if isinstance(module, Planned)}
     rows = []
     for name, (label, plan) in found.items():
         path = next((path for path in layers if path == name or path.endswith(f".{name}")), None)
         if path is not None:
             rows.append(_row(name, label, plan, layers[path], loading.costs.get(name, (None, None))))
-    return Inspection(plan_lines(patcher), rows)
+    stack = [f"beside the weights: {entry.name}, strength {strength:g}{'' if schedule is None else f', {schedule}'}"
+             for entry, strength, schedule in stacking.entries(patcher) if not entry.absorbed]  # fmt: skip
+    merged = guard.merged_hint(patcher)
+    return Inspection([*plan_lines(patcher), *stack, *([merged] if merged else [])], rows)
 
 
 def _row(name: str, label: str, plan: Plan, layer: Carrying, cost) -> Row:

@@ -45,9 +45,10 @@ class CorrectionLoRA(io.ComfyNode):
             raise ValueError("no correction LoRA lies beside this checkpoint; choose one in lora_name, or quantize the "
                              "original with TesseraQuantize, which writes one")  # fmt: skip
         patched, attached = host.attach_lora(model, path, strength)
-        covered = host.coverage(model, attached)
-        log.info("Tessera: %s", covered)
-        host.say(cls.hidden.unique_id, covered)
+        said = [host.coverage(model, attached), *filter(None, [host.merged_hint(model)])]
+        for line in said:
+            log.info("Tessera: %s", line)
+        host.say(cls.hidden.unique_id, "\n".join(said))
         return io.NodeOutput(patched)
 
 
