@@ -64,8 +64,19 @@ function attach(node) {
     else if (asText) root.replaceChildren(editor(), footer())
     else root.replaceChildren(...(titled() ? [head()] : []), list(), footer())
     fit()
-    const found = focus && root.querySelectorAll("li")[focus[0]]?.querySelector(`[data-part="${focus[1]}"]`)
-    if (found instanceof HTMLElement) found.focus()
+    if (focus) at(...focus)?.focus()
+  }
+
+  /** A row's part; where it cannot have the keyboard, another. @param {number} row @param {string} part */
+  function at(row, part) {
+    const parts = [...(root.querySelectorAll("li")[row]?.querySelectorAll("[data-part]:not(:disabled)") ?? [])]
+    const found = parts.find((control) => control instanceof HTMLElement && control.dataset.part === part)
+    return /** @type {HTMLElement | null} */ (found ?? parts.at(-1) ?? control(".add"))
+  }
+
+  /** @param {string} selector @returns {HTMLElement | null} */
+  function control(selector) {
+    return root.querySelector(selector)
   }
 
   function height() {
@@ -168,15 +179,15 @@ function attach(node) {
     grip.addEventListener("pointerdown", (down) => {
       down.preventDefault()
       down.stopPropagation()
-      let at = from
+      let place = from
       /** @param {PointerEvent} event */
       const drag = (event) => {
         const items = [...root.querySelectorAll("li")]
         const below = items.findIndex((item) => event.clientY < item.getBoundingClientRect().bottom)
         const to = below < 0 ? items.length - 1 : below
-        if (to !== at) change(move(rows, at, to))
-        at = to
-        root.querySelectorAll("li")[at]?.classList.add("dragged")
+        if (to !== place) change(move(rows, place, to))
+        place = to
+        root.querySelectorAll("li")[place]?.classList.add("dragged")
       }
       const end = () => {
         window.removeEventListener("pointermove", drag, true)
@@ -192,7 +203,7 @@ function attach(node) {
     const mode = button(asText ? "Rows" : "Text", "mode", "Edit the stack as text or as rows", () => {
       asText = !asText
       draw()
-      root.querySelector(asText ? "textarea" : ".add")?.focus()
+      control(asText ? "textarea" : ".add")?.focus()
     })
     return element("div", { className: "foot" }, asText ? [mode] : [...adder(), mode])
   }
@@ -206,7 +217,7 @@ function attach(node) {
     name(input, "add", "Add a LoRA")
     const add = (/** @type {string} */ file) => {
       change([...rows, { on: true, name: file, model: 1, clip: null }])
-      root.querySelector(".add")?.focus()
+      control(".add")?.focus()
     }
     input.addEventListener("input", () => files.includes(input.value) && add(input.value))
     input.addEventListener("keydown", (event) => {
@@ -233,7 +244,7 @@ function attach(node) {
   }
 
   text.hidden = text.options.hidden = true // in LiteGraph, in Nodes 2.0
-  const options = { serialize: false, getMinHeight: height, getHeight: height, margin: 6 }
+  const options = { serialize: false, hideInPanel: true, getMinHeight: height, getHeight: height, margin: 6 }
   node.addDOMWidget("rows", "tessera_stack", root, options)
   root.addEventListener("keydown", (event) => {
     if (!event.ctrlKey && !event.metaKey) event.stopPropagation() // Delete would remove the node
