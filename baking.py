@@ -154,8 +154,10 @@ class Bake:
 
     def _has(self, name: str, format: Format) -> bool:
         """Whether the model stores a layer in that format already."""
-        if name in self.model.layers:
-            return self.model.layers[name].format.label == format.label
+        layer = self.model.layers.get(name)
+        if layer is not None:
+            legacy = layer.sources.get("weight_scale", "").endswith("scale_weight")  # which no output keeps
+            return layer.format.label == format.label and not legacy
         spec = self.model.tensors[f"{self.model.prefix}{name}.weight"]
         return isinstance(format, Plain) and format.dtype == spec.dtype
 

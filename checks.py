@@ -63,7 +63,7 @@ def refuse_foreign(source: Source, fingerprint: str, calibration: Calibration) -
 
 
 def of_layers(source: Source, formats: Mapping[str, Format]) -> list[str]:
-    """Layers that not every loader can take, or that are not the original's."""
+    """Layers that not every loader can take."""
     warnings = []
     for name, format in formats.items():
         packed = format.codes_per_byte > 1 and DETECTION.search(name)
@@ -73,11 +73,16 @@ def of_layers(source: Source, formats: Mapping[str, Format]) -> list[str]:
             does = "decodes it" if packed else "takes it"
             warnings.append(f"{name}: {format.label}, but {why}: Tessera's loader {does}, the stock loader may "
                             "fail on the file; keep this layer")  # fmt: skip
-    again = [name for name in formats if source.quantized(name)]
-    if again:
-        warnings.append(f"{len(again)} layers are already quantized in the source (first: {again[0]}); errors are "
-                        "measured against it, not against the original")  # fmt: skip
     return warnings
+
+
+def of_source(source: Source, formats: Mapping[str, Format]) -> list[str]:
+    """Layers that are not the original's."""
+    again = [name for name in formats if source.quantized(name)]
+    if not again:
+        return []
+    return [f"{len(again)} layers are already quantized in the source (first: {again[0]}); errors are measured against "
+            "it, not against the original"]  # fmt: skip
 
 
 def of_statistics(formats: Mapping[str, Format], calibration: Calibration) -> list[str]:

@@ -74,8 +74,10 @@ class Job:
         checks.refuse_same_file(self.target, self.lora, self.source.path)
         checks.refuse_kept_legacy(self.source, self.contents.kept())
         self.warnings += checks.of_layers(self.source, self.formats())
+        if self.baked is None:  # else whoever put something into the weights says what they were
+            self.warnings += checks.of_source(self.source, self.formats())
         if self.calibration is not None:
-            if self.baked is None:  # else whoever put something into the weights knows whose statistics these are
+            if self.baked is None:
                 checks.refuse_foreign(self.source, self._fingerprint, self.calibration)
             self.warnings += checks.of_statistics(self.formats(), self.calibration)
 

@@ -23,6 +23,7 @@ from tessera.quantization import calibration, recipe
 from tessera.quantization.metrics import relative_error
 from tessera.quantization.pipeline import Settings
 
+GOLDEN = TESTS / "golden"
 OUT, IN, RANK = 96, 64, 8
 QKV, PROJECTION, GATE, SECOND = (
     "layers.0.attention.qkv", "layers.0.attention.out", "layers.0.feed_forward.w1", "layers.1.feed_forward.w1"
@@ -219,6 +220,23 @@ def test_a_recipe_changes_only_layers_of_another_format(folder):
     before = Checkpoint("model.safetensors")
     assert same(model, before, entries(before, PROJECTION) + entries(before, GATE))
     assert model.layers[GATE].format.label == "int8_row"
+
+
+@pytest.mark.parametrize("name", ["ctq126_mixed", "ctq126_mixed_prefixed", "ctq134_int8_convrot64", "legacy_e4m3"])
+def test_files_of_other_tools_are_baked(tmp_path, name):
+    """Doubled prefixes in the correction, header markers, legacy scales."""
+    model = Checkpoint(GOLDEN / f"{name}.safetensors")
+    [layer, *others] = sorted(model.layers)
+    path = lora_files.save(tmp_path / "s.safetensors", {f"diffusion_model.{layer}": ("lora", model.weight(layer))})
+    work = Bake(model, [additions.read(path, 0.7, model)], correction=correction_beside(model),
+                recipe=recipe.loads('default = "fp8_e4m3"') if name.startswith("legacy") else None)  # fmt: skip
+    work.job(tmp_path / "baked.safetensors", Settings(rank=RANK)).run()
+    baked = Checkpoint(tmp_path / "baked.safetensors")
+    formats = ({n: found.format.label for n, found in file.layers.items()} for file in (baked, model))
+    assert next(formats) == next(formats)
+    assert relative_error(baked.weight(layer), work.source.weight(layer)) < 0.1 and baked.prefix == model.prefix
+    for other in others:
+        assert relative_error(baked.weight(other), model.weight(other)) < (1e-3 if name.startswith("legacy") else 1e-9)
 
 
 def test_an_absorb_file_becomes_one_again(folder):
