@@ -237,6 +237,8 @@ def test_memory_planned_is_memory_used(model, stack):
     base = model.model_size()
     comfy.model_management.unload_all_models()
     before = {id(m) for m in comfy.model_management.current_loaded_models}
+    comfy.model_management.load_models_gpu([side])
+    assert len(side.model.items) == len(LAYERS)  # joined in time to be loaded, wherever that is
     reference.load(loaded)
     kept = {id(t): t for module in side.model.modules() for t in (*module.parameters(), *module.buffers())}
     assert planned == sum(t.nbytes for t in kept.values()) == side.loaded_size()
@@ -251,6 +253,26 @@ def test_memory_planned_is_memory_used(model, stack):
 def _factors(layer):
     branch, _ = getattr(layer, "tessera_branch_pair", None) or (None, None)
     return [] if branch is None else list(branch.parameters())
+
+
+def test_only_the_last_stack_of_a_chain_is_joined(model, stack):
+    """Nodes build up eight stacks, one on the other; what does not run takes no memory."""
+    from tessera.host import stacking
+
+    loaded = attach(model, stack)
+    reference.load(loaded)
+    made = stacking.kept(model).stacks.values()
+    assert [len(kept.side.model.items) > 0 for kept in made] == [False] * (len(stack) - 1) + [True]
+
+
+def test_a_model_remembers_the_last_stacks_only(model, stack):
+    """However many combinations are tried."""
+    from tessera.host import stacking
+
+    for size in range(1, 9):
+        for start in range(8):
+            attach(model, [stack[(start + n) % 8] for n in range(size)])
+    assert len(stacking.kept(model).stacks) == stacking.MOST_KEPT
 
 
 def test_plain_loras_take_the_bytes_of_their_file(model, stack):
