@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,52 +13,23 @@ from torch import Tensor
 
 from . import formats
 from .formats import Format, TensorSpec, marker
+from .header import DTYPES, read_header
+from .layer import BRANCH, DAMAGED, Layer, check_branch, logical_shape
 from .markers import infer, merge_markers
 from .quantization.lowrank import LowRank
 
-MAX_HEADER = 100_000_000  # safetensors' own limit, bytes
+__all__ = [
+    "ABSORB", "BRANCH", "DETECTION", "DTYPES", "EMBEDDINGS", "LAYER_ERRORS", "PREFIXES", "PROVENANCE",
+    "QUANTIZATION_METADATA", "Checkpoint", "Layer", "logical_shape", "read_header",
+]  # fmt: skip
+
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 QUANTIZATION_METADATA = "_quantization_metadata"
 HOST_ONLY = ("convrot_w4a4", "asym_w4a8_int8")
-DAMAGED = "file damaged or marker stale, make it again from the original"
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embeddings|wte)$")
 DETECTION = re.compile(r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$")  # hosts know a model by their shapes
 PROVENANCE, LAYER_ERRORS = "tessera", "tessera_layers"
 ABSORB = "absorb"  # the mode whose low-rank branches are part of the model
-BRANCH = ("absorb_up", "absorb_down")  # F16 [out, r], [r, in] beside a layer's other entries
-BRANCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One quantized linear (or embedding) of a checkpoint."""
-
-    key: str  # module path as in the file, prefix included
-    format: Format
-    shape: tuple[int, int]  # [out, in]; padded where the file does not say the logical shape
-    record: dict  # its comfy_quant record, unknown keys kept
-    sources: dict[str, str]  # entry suffix -> tensor key in the file
-    zero: bool = False  # an all-zero weight with scales of odd shape, 0 or NaN: its entries are made anew
-
-    @property
-    def absorbs(self) -> bool:
-        """Whether a low-rank branch is part of the layer: its codes alone are not the weight."""
-        return BRANCH[0] in self.sources
-
-    @property
-    def smoothed(self) -> bool:
-        """Whether the input is multiplied by a `pre_quant_scale`, which the codes were divided by."""
-        return "pre_quant_scale" in self.sources
-
-    def error(self, path: Path, problem: object) -> ValueError:
-        return ValueError(f"{path.name}: {self.key}: {problem}")
 
 
 @dataclass
@@ -211,7 +181,7 @@ class Checkpoint:
             shape = logical_shape(format, record, specs)
             format.for_shape(*shape)
             zero = self._odd_zero(format, sources, shape)
-            _check_branch(specs, shape)
+            check_branch(specs, shape)
         except ValueError as problem:
             raise ValueError(f"{self.path.name}: {key}: {problem}") from None
         if zero:
@@ -255,92 +225,3 @@ class Checkpoint:
                 return True
             raise ValueError(f"{problem}; {DAMAGED}") from None
         return isinstance(format, formats.NVFP4) and not self.read(sources["weight_scale_2"]).any()
-
-
-def logical_shape(format: Format, record: dict, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
-    """[out, in] of a stored weight: `orig_shape` if the record has a plausible one, else from the storage."""
-    if "weight" not in specs or len(specs["weight"].shape) != 2:
-        found = f"is {list(specs['weight'].shape)}" if "weight" in specs else "is missing"
-        raise ValueError(f"weight {found}, {format.label} needs two dimensions; {DAMAGED}")
-    rows, columns = specs["weight"].shape
-    stored = (rows, columns * format.codes_per_byte)
-    shape = record.get("orig_shape")
-    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape):
-        said = (shape[0], shape[1])
-        if format.storage(*said)["weight"].shape == (rows, columns):
-            return said
-    return stored
-
-
-def _check_branch(specs: Mapping[str, TensorSpec], shape: tuple[int, int]) -> None:
-    """Raises ValueError if a layer has half a branch, or one that does not fit its [out, in]."""
-    found = {part: specs[part] for part in BRANCH if part in specs}
-    if not found:
-        return
-    missing = [part for part in BRANCH if part not in found]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing, half a branch is none; {DAMAGED}")
-    up, down = found.values()
-    rank = up.shape[-1] if up.shape else 0
-    if rank == 0 or up.shape != (shape[0], rank) or down.shape != (rank, shape[1]):
-        raise ValueError(f"absorb_up is {up} and absorb_down is {down}, a layer of {list(shape)} needs "
-                         f"[{shape[0]}, r] and [r, {shape[1]}]; {DAMAGED}")  # fmt: skip
-    if up.dtype not in BRANCH_DTYPES or down.dtype not in BRANCH_DTYPES:
-        raise ValueError(f"absorb_up is {up} and absorb_down is {down}, they must be float16, bfloat16 or float32; "
-                         f"{DAMAGED}")  # fmt: skip
-
-
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorSpec], dict[str, int]]:
-    """(metadata, specs by key, absolute offset by key) of a safetensors file.
-
-    Raises ValueError if it is not one, is truncated, or its header contradicts itself.
-    """
-
-    def refuse(found: str) -> ValueError:
-        return ValueError(f"{path.name}: {found}; it is not a complete safetensors file, download or copy it again")
-
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise refuse(f"header length {length} does not fit a file of {size} bytes")
-            text = file.read(length)
-    except OSError as problem:
-        raise ValueError(f"{path}: cannot be read: {problem.strerror}") from problem
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise refuse(f"header is not JSON ({problem})") from None
-    if not isinstance(header, dict):
-        raise refuse("header is not a JSON object")
-    metadata = header.pop("__metadata__", {}) or {}
-    if not isinstance(metadata, dict):
-        raise refuse("__metadata__ is not a JSON object")
-    specs, offsets, end = {}, {}, 0
-    for key, entry in sorted(header.items(), key=_position):
-        spec, first, last = _tensor(entry)
-        if spec is None or last - first != spec.nbytes or first != end:
-            raise refuse(f"{key}: header entry {str(entry)[:120]} is not a tensor that follows the one before it")
-        specs[key], offsets[key], end = spec, 8 + length + first, last
-    if size != 8 + length + end:
-        raise refuse(f"file has {size} bytes, its header describes {8 + length + end}")
-    return {str(k): str(v) for k, v in metadata.items()}, specs, offsets
-
-
-def _position(item: tuple[str, object]) -> tuple[int, int]:
-    _, first, last = _tensor(item[1])
-    return first, last
-
-
-def _tensor(entry: object) -> tuple[TensorSpec | None, int, int]:
-    """A header entry as (spec, first byte, last byte); spec None if it is malformed."""
-    if not isinstance(entry, dict):
-        return None, -1, -1
-    dtype, shape, offsets = DTYPES.get(str(entry.get("dtype"))), entry.get("shape"), entry.get("data_offsets")
-    numbers = [*(shape or []), *(offsets or [])] if isinstance(shape, list) and isinstance(offsets, list) else None
-    well_formed = numbers is not None and all(type(n) is int and n >= 0 for n in numbers) and len(offsets) == 2
-    if not well_formed:
-        return None, -1, -1
-    return (TensorSpec(dtype, tuple(shape)) if dtype is not None else None), *offsets
