@@ -20,6 +20,7 @@ from ..injection import module_at
 from ..quantization.lowrank import LowRank
 from ..schedule import Schedule
 from . import stacking
+from .carrying import names_only
 from .stacking import Entry, Placed, names_of
 
 TRUNK = "diffusion_model."
@@ -160,7 +161,9 @@ def targets(patcher) -> dict[str, Target]:
     text = stacking.is_text_encoder(patcher)
     known = comfy.lora.model_lora_keys_clip if text else comfy.lora.model_lora_keys_unet
     found = {}
-    for name, said in known(patcher.model, {}).items():
+    with names_only():
+        spots = known(patcher.model, {})
+    for name, said in spots.items():
         found[name] = target = _target(patcher.model, said)
         if not text:
             found.setdefault(name.removeprefix(TRUNK), target)  # bare keys

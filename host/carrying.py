@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import weakref
 
@@ -28,6 +30,7 @@ EXTENDED = ("nvfp4", "mxfp8", "fp8_row")  # kernels that take branches in reserv
 COMPILING = "a graph must not write into a weight: call the layer once before compiling it"
 
 Pair = tuple[Branch, Strengths]
+_names_only = contextvars.ContextVar("tessera_names_only", default=False)
 
 
 class Carrying:
@@ -147,7 +150,7 @@ class Carrying:
         found = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
         packed = isinstance(self.weight, comfy.quant_ops.QuantizedTensor)
         columns = self.reserved(self.weight) if packed and self.weight._layout_cls in KINDS else 0
-        if columns:
+        if columns and not _names_only.get():
             keys = f"{prefix}weight", f"{prefix}weight_scale"
             pair = kextension.strip(KINDS[self.weight._layout_cls], found[keys[0]], found[keys[1]], columns)
             found.update(zip(keys, pair, strict=True))
@@ -251,6 +254,16 @@ class Siblings:
         reason = next((found for found in known if isinstance(found, str)), None)
         powers = reason or torch.cat([found for found in known if found is not None])
         return group, layer.carried(stored, branch, group, powers)
+
+
+@contextlib.contextmanager
+def names_only():
+    """For who asks a model's state dict only for its keys: scales without reserved columns are a copy each."""
+    token = _names_only.set(True)
+    try:
+        yield
+    finally:
+        _names_only.reset(token)
 
 
 def cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

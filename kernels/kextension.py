@@ -122,14 +122,17 @@ def reserve(kind: str, qdata: Tensor, scale: Tensor, columns: int) -> tuple[Tens
 
 
 def strip(kind: str, qdata: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The operand without its reserved columns, whatever they hold: the bytes that `reserve` was given."""
+    """The operand without its reserved columns, whatever they hold: the bytes that `reserve` was given.
+
+    Codes are a view: a model's worth of them at once must not be a second model.
+    """
     block, per_byte = _geometry(kind)
     width = qdata.shape[1] - columns // per_byte
     if block:
         own = width * per_byte // block
         scale = _retile(scale, own)
         _blank(scale, own)
-    return qdata.view(torch.uint8)[:, :width].contiguous().view(qdata.dtype), scale
+    return qdata.view(torch.uint8)[:, :width].view(qdata.dtype), scale
 
 
 def write(extension: Extension, qdata: Tensor, scale: Tensor, columns: int) -> None:

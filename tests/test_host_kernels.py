@@ -180,6 +180,24 @@ def test_branch_columns_are_padding_to_the_host(device, quantized, models):
             assert torch.equal(mine.view(torch.uint8), file.view(torch.uint8)), suffix
 
 
+def test_finding_the_layers_of_a_lora_copies_no_weight_with_a_reference_in_place_of_cuda(
+    device, quantized, monkeypatch
+):
+    """Codes are views in a state dict, scales are copied only for who asks for more than its keys."""
+    from tessera.host import attaching
+    from tessera.kernels import kextension
+
+    device("SM 12.0")
+    model = ours(quantized("nvfp4"))
+    assert layer_of(model).reserved(layer_of(model).weight)
+    copies, strip = [], kextension.strip
+    monkeypatch.setattr(kextension, "strip", lambda *args: copies.append(args[0]) or strip(*args))
+    assert attaching.targets(model)[LAYER].layer == f"diffusion_model.{LAYER}" and not copies
+    layer = layer_of(model)
+    assert layer.state_dict()["weight"].untyped_storage().data_ptr() == layer.weight._qdata.untyped_storage().data_ptr()
+    assert copies == ["nvfp4"]
+
+
 @pytest.mark.parametrize("label", ["nvfp4", "mxfp8", "int8_convrot_64"])
 @pytest.mark.parametrize("name", ["SM 12.0", "SM 9.0", "SM 8.6, CUDA 12", "CPU"])
 def test_what_is_kept_is_what_is_counted_and_offloaded(device, quantized, name, label):
