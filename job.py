@@ -17,8 +17,8 @@ from . import checks, workers
 from .checkpoint import PROVENANCE, Checkpoint
 from .contents import LORA_PREFIX, METADATA_PER_LAYER, METADATA_SPARE, Contents
 from .formats import Format, Plain
-from .journal import Journal
-from .output import Output, publish_verified
+from .journal import Journal, settle
+from .output import Output
 from .progress import Estimate, Step
 from .quantization import calibration as calibrations
 from .quantization import pipeline
@@ -35,6 +35,7 @@ from .writer import check_target
 __all__ = ["LORA_PREFIX", "METADATA_PER_LAYER", "METADATA_SPARE", "Job", "Step", "is_text_encoder", "lora_path",
            "natural"]  # fmt: skip
 
+NAMES_LEFT = "an interrupted run of this job was complete but for the files' names"
 
 @dataclass
 class Job:
@@ -102,17 +103,20 @@ class Job:
         nothing behind. Same source, recipe, statistics, settings and seed on one machine: same bytes, whoever did the
         work and however often it was interrupted; where the same job's files are there already, they are the result
         and nothing is written. After a kill the same job with `resume` goes on with the layers that are done."""
-        started = time.monotonic()
-        done = None if self.overwrite else self.done()
+        started, journal = time.monotonic(), Journal(self._files(), self._identity(), self.resume)
+        finished = journal.token in settle(self.target) and self.resume
+        done = self._found(NAMES_LEFT) if finished else None if self.overwrite else self.done()
         if done is not None:
             return done
         check_target(self.target, self.overwrite)
-        with Digest(self.source.path) as digest, Journal(self._files(), self._identity(), self.resume) as journal:
-            if journal.records and journal.records[-1].get("verified"):
-                return self._only_publish(journal)
+        with Digest(self.source.path) as digest, journal:
+            if journal.ready():
+                journal.publish(self.overwrite)
+                return self._found(NAMES_LEFT)
             with Output(self.contents, journal, self.overwrite, self.resume, self._crew.verifying) as output:
                 report = self._make(output, digest, progress)
                 report.seconds = time.monotonic() - started
+                digest.check()
                 output.publish()
         return report
 
@@ -156,7 +160,7 @@ class Job:
         with Digest(self.source.path) as digest:
             if digest.hexdigest() != sha256:
                 return None
-        return self._found(written, "the same job's files were there already, nothing was written")
+        return self._found("the same job's files were there already, nothing was written")
 
     def _results(
         self, done: list[LayerReport], estimate: Estimate, progress: Callable[[Step], None]
@@ -214,15 +218,9 @@ class Job:
             return []
         return [n for n, f in self.formats().items() if n in self.calibration.layers and not isinstance(f, Plain)]
 
-    def _only_publish(self, journal: Journal) -> Report:
-        """What is left of a job that was killed when its verified files were to get their names."""
-        publish_verified(self.contents, journal, self.overwrite)
-        written = [Checkpoint(path) for path in self._files()]
-        return self._found(written, "an interrupted run of this job was complete but for the files' names")
-
-    def _found(self, written: list[Checkpoint], why: str) -> Report:
-        """The report of finished files."""
-        report = self._report()
+    def _found(self, why: str) -> Report:
+        """The report of files that are there, finished."""
+        report, written = self._report(), [Checkpoint(path) for path in self._files()]
         report.warnings.append(why)
         report.layers = self.contents.rows(written[0])
         report.kept, report.model_bytes = len(self.contents.kept()), written[0].nbytes

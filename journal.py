@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -11,18 +10,14 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from .writer import Writer, hidden
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
+from .locks import fcntl, lock, remove_if_dead, same
+from .publication import disk_errors, folder_errors, hidden, old, publish_together, sync_folder
+from .writer import Writer
 
 INTERVAL = 1.0  # seconds of work that a crash may cost, at most, besides the layer in hand
-CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without locks
-_LOCKED_BYTE = 1 << 30  # Windows locks bytes, not files; none that anybody reads
+VERIFIED = "verified"  # key of the last record: every file is on disk, complete, and was read again
 
 
 class Journal:
@@ -44,8 +39,9 @@ class Journal:
         self._resume, self._waiting, self._synced = resume, [], time.monotonic()
 
     def __enter__(self) -> Journal:
-        self._file = _locked(self.path)
-        if self._file is None:
+        settle(self.target)
+        self._file, mine = _locked(self.path)
+        if mine is False:
             raise ValueError(f"{self.target}: another process is making this very file; wait for it, or choose "
                              "another name")  # fmt: skip
         remove_leftovers(self.target, self.token)
@@ -56,21 +52,28 @@ class Journal:
         else:
             for file in self.files:
                 self.part(file).unlink(missing_ok=True)
-            self._file.truncate(0)
-            self._file.seek(0)
-            self._file.write(_line(self._first))
-            self._flush()
+            try:
+                with disk_errors(self.target, 0):
+                    self._file.truncate(0)
+                    self._file.seek(0)
+                    self._file.write(_line(self._first))
+                    self._flush()
+                    sync_folder(self.path.parent)
+            except (ValueError, RuntimeError):  # nobody is in the `with` block yet
+                self.__exit__()
+                raise
             self._ends = [self._file.tell()]
         return self
 
     def __exit__(self, *exc) -> None:
+        for file in self.files:
+            _put_back(self.part(file), file)
+            _remove(self.part(file))
         if fcntl:
-            self.path.unlink(missing_ok=True)  # first: nobody may lock what is about to go
+            _remove(self.path)  # first: nobody may lock what is about to go
+        with contextlib.suppress(OSError):  # a full disk is said once more here
             self._file.close()
-        else:
-            self._file.close()
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+        _remove(self.path)
 
     def part(self, file: Path) -> Path:
         """The hidden file in which the job makes `file`."""
@@ -97,10 +100,26 @@ class Journal:
         if self._waiting:
             for writer in self._writers:
                 writer.sync()
-            self._file.write(b"".join(map(_line, self._waiting)))
-            self._flush()
+            with disk_errors(self.target, 0):
+                self._file.write(b"".join(map(_line, self._waiting)))
+                self._flush()
             self._waiting = []
         self._synced = time.monotonic()
+
+    def verified(self, overwrite: bool) -> None:
+        """Remembers that every file is complete, and which ones they are. From now on they may get their names."""
+        made = [_facts(self.part(file)) for file in self.files]
+        self.add({VERIFIED: True, "overwrite": overwrite, "made": made})
+        self.sync()
+
+    def ready(self) -> bool:
+        """Whether all that is left to do is to give the files their names."""
+        return bool(self.records) and None not in _states(self.files, self.token, self.records[-1])
+
+    def publish(self, overwrite: bool) -> None:
+        """Gives the files their names: all or none, the model last."""
+        settle(self.target, self.token)  # what another run left that was killed meanwhile
+        publish_together([(self.part(file), file) for file in reversed(self.files)], overwrite)
 
     def _flush(self) -> None:
         self._file.flush()
@@ -111,54 +130,111 @@ def journal_path(target: Path, token: str) -> Path:
     return target.with_name(f".{target.name}.{token}.journal")
 
 
+def settle(target: Path, mine: str | None = None) -> list[str]:
+    """Gives the files that killed runs had begun to publish here their names, those that lack them still; else a new
+    model could stay beside an old LoRA. The tokens of those runs; `mine` is not one."""
+    finished = []
+    for journal in _journals(target):
+        if _token(journal) == mine:
+            continue
+        file, mine = _locked(journal)
+        with file:
+            lines = _lines(file) if mine else []
+            files, token = _files(lines), _token(journal)
+            states = _states(files, token, lines[-1][0]) if files else [None]
+            if None in states or NAMED not in states:
+                continue
+            with contextlib.suppress(ValueError):  # another file came meanwhile, which that run may not replace
+                publish_together([(hidden(f, token), f) for f in reversed(files)], lines[-1][0]["overwrite"])
+                finished.append(token)
+            for part in (hidden(made, token) for made in files):
+                _remove(part, old(part))
+            if fcntl:
+                _remove(journal)
+        _remove(journal)
+    return finished
+
+
 def remove_leftovers(target: Path, mine: str) -> None:
     """Removes journals and hidden files that killed runs with this target left, but not token `mine`, nor what a
-    living process has locked."""
-    for journal in target.parent.glob(f".{glob.escape(target.name)}.*.journal"):
-        token = journal.name.split(".")[-2]
-        file = None if token == mine else _locked(journal)
-        if file is None:
+    living process has locked, or may have: some network disks have no locks."""
+    for journal in _journals(target):
+        if (token := _token(journal)) == mine:
             continue
+        file, ours = _locked(journal)
         with file:
-            first = (_lines(file) or [({}, 0)])[0][0]
-            for made in [target, *map(Path, first.get("files", []))]:
-                hidden(made, token).unlink(missing_ok=True)
+            if not ours:
+                continue
+            for made in {target, *_files(_lines(file))}:
+                _put_back(hidden(made, token), made)
+                _remove(hidden(made, token))
             if fcntl:
-                journal.unlink(missing_ok=True)
-        journal.unlink(missing_ok=True)
+                _remove(journal)
+        _remove(journal)
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        token = part.name.split(".")[-2]
-        if token != mine and not journal_path(target, token).exists():
-            part.unlink(missing_ok=True)
+        if (token := _token(part)) != mine and not journal_path(target, token).exists():
+            remove_if_dead(part)
 
 
-def _locked(path: Path):
-    """The file, open for reading and writing and locked until it is closed; None if another process has it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        file = os.fdopen(descriptor, "r+b")
-        if not _lock(file):
-            file.close()
-            return None
-        try:
-            if not fcntl or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()  # its last owner removed it between opening and locking
+HIDDEN, NAMED = "hidden", "named"
 
 
-def _lock(file) -> bool:
+def _states(files: Sequence[Path], token: str, record: dict) -> list[str | None]:
+    """Where each verified file is, None for one that is nowhere or not as it was."""
+    made = record.get("made") if record.get(VERIFIED) else None
+    if not isinstance(made, list) or len(made) != len(files):
+        return [None]
+    return [HIDDEN if _facts(hidden(file, token)) == facts and _facts(file) != facts else
+            NAMED if _facts(file) == facts else None for file, facts in zip(files, made, strict=True)]  # fmt: skip
+
+
+def _facts(path: Path) -> list[int] | None:
+    """Which file that is: a rename leaves them as they are."""
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            file.seek(_LOCKED_BYTE)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            file.seek(0)
-    except OSError as problem:
-        return problem.errno in CANNOT_LOCK
-    return True
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+def _files(lines: list[tuple[dict, int]]) -> list[Path]:
+    """Those that a journal says its run makes."""
+    said = lines[0][0].get("files") if lines else None
+    return [Path(file) for file in said] if isinstance(said, list) and all(isinstance(f, str) for f in said) else []
+
+
+def _journals(target: Path) -> list[Path]:
+    return sorted(target.parent.glob(f".{glob.escape(target.name)}.*.journal"))
+
+
+def _token(path: Path) -> str:
+    return path.name.split(".")[-2]
+
+
+def _put_back(part: Path, path: Path) -> None:
+    """A file that was to be replaced, and was not."""
+    with contextlib.suppress(OSError):
+        if old(part).exists() and not path.exists():
+            os.replace(old(part), path)
+    _remove(old(part))
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _locked(path: Path) -> tuple[BinaryIO, bool | None]:
+    """(the file, open for reading and writing; whether it is locked until it is closed, None: locks do not exist)."""
+    while True:
+        with folder_errors(path.parent):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        file = os.fdopen(descriptor, "r+b")
+        mine = lock(file)
+        if mine is False or not fcntl or same(file, path):
+            return file, mine
+        file.close()  # its last owner removed it between opening and locking
 
 
 def _line(record: dict) -> bytes:

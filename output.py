@@ -16,7 +16,7 @@ from .quantization import pipeline
 from .quantization.lowrank import LowRank
 from .quantization.report import LayerReport
 from .workers import Result
-from .writer import Writer, check_target, publish
+from .writer import Writer
 
 ABSORB_WARNING = (
     "This model is in Tessera's absorb mode: part of every quantized weight is in a low-rank branch (absorb_up, "
@@ -139,9 +139,8 @@ class Output:
 
     def publish(self) -> None:
         """Gives the files their names."""
-        self._journal.add({"verified": True})
-        self._journal.sync()
-        publish_verified(self._contents, self._journal, self.model.overwrite)
+        self._journal.verified(self.model.overwrite)
+        self._journal.publish(self.model.overwrite)
 
     def _branch(self, row: LayerReport) -> LowRank:
         if self._contents.mode == ABSORB:
@@ -175,14 +174,6 @@ class Output:
         if not isinstance(said, dict):
             return {}
         return {n: e for n, e in said.items() if n not in self._contents.formats and source.quantized(n)}
-
-
-def publish_verified(contents: Contents, journal: Journal, overwrite: bool) -> None:
-    """Gives the finished files their names, also where a crash came between the two."""
-    check_target(contents.target, overwrite)  # it may have come meanwhile
-    for path in (contents.lora, contents.target):  # the LoRA first: a model without it is the worse half
-        if path is not None and journal.part(path).exists():
-            publish(journal.part(path), path, overwrite)
 
 
 def _numbers(errors: Mapping[str, tuple[float | None, ...]]) -> str:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from . import writer
 from .contents import METADATA_SPARE, Contents, lora_key
 from .formats import Format, TensorSpec
+from .publication import write_text
 from .quantization import allocation, recipe
 from .quantization.allocation import Option
 from .quantization.layer_map import KEEP, label
@@ -107,11 +108,10 @@ class Plan:
         return self.survey.markdown(self.summary(), self.layers)
 
     def save(self, path: Path) -> Path:
-        """Writes the recipe. Raises ValueError if the file exists."""
+        """Writes the recipe, atomically. Raises ValueError if the file exists."""
         check_recipe_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(self.toml())
+        write_text(path, self.toml())
         return path
 
 

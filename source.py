@@ -41,10 +41,12 @@ class Baked:
 
 
 class Digest:
-    """SHA-256 of the source file, computed beside the work; None where the source is not a file."""
+    """SHA-256 of the source file, computed beside the work, and whether the file stays as it is; None where the source
+    is not a file."""
 
     def __init__(self, path: Path | None):
         self._path, self._hash, self._problem, self._stopped = path, hashlib.sha256(), None, False
+        self._before = None if path is None else path.stat()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Digest:
@@ -64,10 +66,31 @@ class Digest:
             self._problem = problem
 
     def hexdigest(self) -> str | None:
-        """Waits for the end of the file. Raises RuntimeError if it could not be read to there."""
+        """Waits for the end of the file. Raises RuntimeError if it could not be read to there, or has changed."""
         if self._path is None:
             return None
         self._thread.join()
         if self._problem is not None:
             raise RuntimeError(f"{self._path}: could not be read to the end ({self._problem}); is the disk in order?")
+        try:
+            now = self._path.stat()
+        except OSError:
+            raise self._changed() from None
+        if any(getattr(now, fact) != getattr(self._before, fact) for fact in ("st_ino", "st_size", "st_mtime_ns")):
+            raise self._changed()
         return self._hash.hexdigest()
+
+    def check(self) -> None:
+        """Raises RuntimeError if the file is not what it was. Writes that hid themselves by setting its date back are
+        found, too: then it is read once more."""
+        if self._path is None:
+            return
+        expected, now = self.hexdigest(), self._path.stat()
+        if now.st_ctime_ns != self._before.st_ctime_ns:  # also of new hard links and permissions, which are harmless
+            with open(self._path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    raise self._changed()
+
+    def _changed(self) -> RuntimeError:
+        return RuntimeError(f"{self._path}: was changed while it was read, nothing was saved; try again when nothing "
+                            "writes to it")  # fmt: skip

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import struct
 import zlib
@@ -19,6 +17,21 @@ from torch import Tensor
 
 from .checkpoint import DTYPES, Checkpoint
 from .formats import TensorSpec
+from .locks import lock
+from .publication import (
+    check_target,
+    clear,
+    create_hidden,
+    discard,
+    disk_errors,
+    disk_full,
+    folder_errors,
+    forget,
+    hidden,
+    publish,
+)
+
+__all__ = ["Writer", "check_target", "entry", "hidden", "layout", "publish"]
 
 ALIGNMENT = 8  # bytes; of the widest dtype
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -33,33 +46,33 @@ class Writer:
     `reserve` bytes for metadata that is known only at the end. Same tensors, same bytes.
 
     Leaving the `with` block without `publish` removes the hidden file. An existing `path` is never touched unless
-    `overwrite`, and then only replaced whole. With `resume` a hidden file `temporary` that is there is gone on with.
+    `overwrite`, and then only replaced whole. A journal names its hidden file, `temporary`, and with `resume` one that
+    is there is gone on with; others have a name of their own, and what dead processes left of those is removed.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], reserve: int, overwrite: bool = False,
                  optional: Mapping[str, TensorSpec] | None = None, temporary: Path | None = None,
                  resume: bool = False):  # fmt: skip
         self.path, self.overwrite = Path(path), overwrite
-        self.temporary = temporary or hidden(self.path, secrets.token_hex(4))
         check_target(self.path, overwrite)
         self._specs, self._missing = dict(specs) | dict(optional or {}), set(specs)
         self._entries, self._held, self._checksums = {}, {}, {}
-        self._end = 0
+        self._end, self._metadata, self._read_back = 0, {}, False
         for key in sorted(specs, key=lambda k: (-specs[k].dtype.itemsize, k)):
             if specs[key].nbytes % ALIGNMENT == 0:
                 self._place(key, specs[key])
         self._header, self.nbytes = layout(self._specs, reserve)  # at most, until it is finished
-        self._require_space()
-        self._file = open(self.temporary, "r+b" if resume and self.temporary.exists() else "x+b")  # noqa: SIM115
+        if temporary is None:
+            clear(self.path.parent)
+        self._require_space(temporary)
+        self.temporary, self._file = self._open(temporary, resume) if temporary else create_hidden(self.path)
         self._allocate()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._file.close()
-        with contextlib.suppress(FileNotFoundError):  # published
-            self.temporary.unlink()
+        discard(self.temporary, self._file)
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Stores one tensor, each at most once. Raises ValueError if it is not as its spec says."""
@@ -110,7 +123,7 @@ class Writer:
 
     def sync(self) -> None:
         """Everything written so far is on disk."""
-        with self._disk_errors():
+        with disk_errors(self.path, self.nbytes):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -126,25 +139,33 @@ class Writer:
         header = _json(metadata, self._entries)
         if len(header) > self._header:
             raise RuntimeError(f"{self.path.name}: metadata of {len(header)} bytes exceeds the {self._header} reserved")
-        self.nbytes = 8 + self._header + self._end
-        with self._disk_errors():
+        self.nbytes, self._metadata = 8 + self._header + self._end, dict(metadata)
+        with disk_errors(self.path, self.nbytes):
             self._file.seek(0)
             self._file.write(struct.pack("<Q", self._header) + header.ljust(self._header))
             self._file.truncate(self.nbytes)
         self.sync()
+        forget(self._file)
         return self.temporary
 
     def reread(self, file: Checkpoint) -> None:
-        """Reads the finished file again. Raises RuntimeError naming the first tensor that is not as it was written."""
+        """Reads the finished file again, from disk. Raises RuntimeError naming the first tensor that is not as it was
+        written."""
+        if file.metadata != self._metadata or file.tensors.keys() != self._checksums.keys():
+            raise RuntimeError(f"{self.path.name}: the header reads back other than it was written, nothing was saved; "
+                               "try again, on another disk if it recurs")  # fmt: skip
         for key, checksum in self._checksums.items():
             if zlib.crc32(file.read(key).flatten().view(torch.uint8).numpy()) != checksum:
                 raise RuntimeError(
                     f"{self.path.name}: {key}: reads back other than it was written; the disk or another program "
                     "changed it, nothing was saved: try again, on another disk if it recurs"
                 )
+        self._read_back = True
 
     def publish(self) -> None:
-        """Gives the finished file its name, atomically."""
+        """Gives the finished file its name, atomically, once it was read again."""
+        if not self._read_back:
+            self.reread(Checkpoint(self.temporary))
         publish(self.temporary, self.path, self.overwrite)
 
     def _place(self, key: str, spec: TensorSpec) -> dict:
@@ -154,7 +175,7 @@ class Writer:
         return self._entries[key]
 
     def _write(self, place: Mapping, data: bytes | memoryview) -> None:
-        with self._disk_errors():
+        with disk_errors(self.path, self.nbytes):
             self._file.seek(8 + self._header + place["data_offsets"][0])
             self._file.write(data)
 
@@ -171,17 +192,25 @@ class Writer:
         spec, data = self._held[key]
         return {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data": base64.b64encode(data).decode()}
 
-    def _require_space(self) -> None:
-        there = self.temporary.stat().st_blocks * 512 if self.temporary.exists() and os.name == "posix" else 0
+    def _require_space(self, temporary: Path | None) -> None:
+        there = temporary.stat().st_blocks * 512 if temporary and temporary.exists() and os.name == "posix" else 0
         if shutil.disk_usage(self.path.parent).free + there < self.nbytes:
-            raise ValueError(_disk_full(self.path, self.nbytes))
+            raise ValueError(disk_full(self.path, self.nbytes))
+
+    def _open(self, temporary: Path, resume: bool):
+        """A journal's hidden file."""
+        with folder_errors(self.path.parent):
+            file = open(temporary, "r+b" if resume and temporary.exists() else "x+b")  # noqa: SIM115
+        if os.name == "posix":
+            lock(file)  # the journal's own lock decides; this one says that the file is alive where that is not seen
+        return temporary, file
 
     def _allocate(self) -> None:
         """Claims the whole size now, so that a full disk is found before the work, not after."""
         try:
-            with self._disk_errors():
+            with disk_errors(self.path, self.nbytes):
                 self._reserve()
-        except (ValueError, OSError):  # nobody is in the `with` block yet
+        except (ValueError, RuntimeError, KeyboardInterrupt):  # nobody is in the `with` block yet
             self.__exit__()
             raise
 
@@ -195,15 +224,6 @@ class Writer:
             if problem.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot, ZFS for one
                 raise
 
-    @contextlib.contextmanager
-    def _disk_errors(self):
-        try:
-            yield
-        except OSError as problem:
-            if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ValueError(_disk_full(self.path, self.nbytes)) from problem
-            raise
-
 
 def layout(specs: Mapping[str, TensorSpec], reserve: int) -> tuple[int, int]:
     """(bytes of the header, bytes of the file) with all those tensors and `reserve` bytes for metadata."""
@@ -211,31 +231,6 @@ def layout(specs: Mapping[str, TensorSpec], reserve: int) -> tuple[int, int]:
     longest = {key: entry(spec, most) for key, spec in specs.items()}
     header = -(-(len(_json({}, longest)) + reserve) // ALIGNMENT) * ALIGNMENT
     return header, 8 + header + most
-
-
-def hidden(path: Path, token: str) -> Path:
-    """The file beside `path` in which it is made."""
-    return path.with_name(f".{path.name}.{token}.part")
-
-
-def check_target(path: Path, overwrite: bool) -> None:
-    """Raises ValueError if no file can come there: no folder, or something at `path` that may not be replaced."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent}: no such folder; create it or choose another target")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; choose another name")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path}: already exists; choose another name, or allow overwriting")
-
-
-def publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Gives a finished file its name, atomically and for good."""
-    check_target(path, overwrite)
-    os.replace(temporary, path)
-    if os.name == "posix":  # make the rename itself durable
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def entry(spec: TensorSpec, first: int) -> dict:
@@ -251,7 +246,3 @@ def _spec(entry: dict) -> TensorSpec:
 
 def _json(metadata: Mapping[str, str], entries: Mapping[str, dict]) -> bytes:
     return json.dumps({"__metadata__": dict(metadata)} | dict(entries), separators=(",", ":")).encode()
-
-
-def _disk_full(path: Path, nbytes: int) -> str:
-    return f"{path}: needs {nbytes / 1e9:.2f} GB on that disk, which has less; free some space or choose another folder"
