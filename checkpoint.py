@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import formats
+from . import foreign, formats
 from .formats import Format, TensorSpec, marker
 from .header import DTYPES, read_header
-from .layer import BRANCH, DAMAGED, Layer, check_branch, logical_shape
+from .layer import BRANCH, DAMAGED, ROTATED_BY_ONE, Layer, check_branch, check_record, layer_sources, logical_shape
 from .markers import infer, merge_markers
 from .quantization.lowrank import LowRank
 
@@ -28,6 +28,8 @@ QUANTIZATION_METADATA = "_quantization_metadata"
 HOST_ONLY = ("convrot_w4a4", "asym_w4a8_int8")
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding|word_embeddings|wte)$")
 DETECTION = re.compile(r"(^|\.)(cap_embedder\.1|x_embedder|final_layer\.linear)$")  # hosts know a model by their shapes
+CHUNK = 1 << 20  # bytes
+MAX_LOOKED_AT = 1 << 28  # bytes of weights that are looked through for nothing but zeros
 PROVENANCE, LAYER_ERRORS = "tessera", "tessera_layers"
 ABSORB = "absorb"  # the mode whose low-rank branches are part of the model
 
@@ -50,10 +52,13 @@ class Checkpoint:
     repairs: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self):
-        self.path = Path(self.path)
+        self.path, self._looked_at = Path(self.path), 0
         self.metadata, self.tensors, self._offsets = read_header(self.path)
         self.prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in self.tensors)), "")
-        self.layers = {key.removeprefix(self.prefix): layer for key, layer in self._find_layers().items()}
+        self.layers = {}
+        for key, layer in self._find_layers().items():
+            if self.layers.setdefault(key.removeprefix(self.prefix), layer) is not layer:
+                raise layer.error(self.path, f"is there with and without {self.prefix}; remove one of the two")
         self._refuse_lost_branches()
 
     @property
@@ -77,19 +82,23 @@ class Checkpoint:
 
     def read(self, key: str) -> Tensor:
         """One tensor as stored. Raises KeyError for an unknown key, ValueError if the file has become shorter."""
-        spec, offset = self.tensors[key], self._offsets[key]
-        buffer = torch.empty(spec.nbytes, dtype=torch.uint8)
+        spec = self.tensors[key]
+        return self._bytes(key, 0, spec.nbytes).view(spec.dtype).reshape(spec.shape)
+
+    def _bytes(self, key: str, first: int, count: int) -> Tensor:
+        """Some bytes of a tensor as stored."""
+        buffer = torch.empty(count, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(offset)
+            file.seek(self._offsets[key] + first)
             view, done = memoryview(buffer.numpy()), 0
-            while done < spec.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
+            while done < count:
+                got = file.readinto(view[done:])
+                if not got:
                     raise ValueError(
                         f"{self.path.name}: {key}: file ends inside the tensor; it changed while being read"
                     )
-                done += count
-        return buffer.view(spec.dtype).reshape(spec.shape)
+                done += got
+        return buffer
 
     def entries(self, layer: Layer) -> dict[str, Tensor]:
         """The stored tensors of a quantized layer by suffix, with this format's dtypes and shapes."""
@@ -105,12 +114,18 @@ class Checkpoint:
         layer = self.layers.get(name)
         if layer is None:
             return self._plain_weight(f"{self.prefix}{name}")
-        entries = self.entries(layer)
-        try:
-            quantized = layer.format.unpack(entries, *(shape or layer.shape))
-        except ValueError as problem:
-            raise layer.error(self.path, f"{problem}; it is the layer of another model") from None
-        weight = layer.format.decode(quantized)
+        if layer.foreign is not None and not layer.foreign.exact:
+            entries = {suffix: self.read(key) for suffix, key in layer.sources.items()}
+            weight = layer.foreign.decode(entries)  # what the file says, not what it is transcoded to
+            if shape not in (None, layer.shape):
+                raise layer.error(self.path, f"weight is {layer.shape}, not {shape}; it is the layer of another model")
+        else:
+            entries = self.entries(layer)
+            try:
+                quantized = layer.format.unpack(entries, *(shape or layer.shape))
+            except ValueError as problem:
+                raise layer.error(self.path, f"{problem}; it is the layer of another model") from None
+            weight = layer.format.decode(quantized)
         smoothing = entries.get("pre_quant_scale")  # the input is multiplied by it, so the weight was divided
         weight = weight if smoothing is None else weight * smoothing.float()
         return LowRank(*(entries[part] for part in BRANCH)).add_to(weight) if absorbed and layer.absorbs else weight
@@ -121,9 +136,17 @@ class Checkpoint:
         return LowRank(*(self.read(layer.sources[part]) for part in BRANCH)) if layer and layer.absorbs else None
 
     def records(self) -> dict[str, dict]:
-        """The `comfy_quant` record of every quantized layer by its key in the file, `params` flattened."""
-        layers = {layer.key: layer.record | layer.format.record() for layer in self.layers.values()}
-        return self.opaque | {k: {n: v for n, v in record.items() if n != "params"} for k, record in layers.items()}
+        """The `comfy_quant` record of every quantized layer by its key in the file, `params` flattened.
+
+        Of foreign layers the file's own, as this goes with its tensors as they are.
+        """
+        foreign = {x.key: x.foreign.said for x in self.layers.values() if x.foreign is not None and x.foreign.said}
+        return self.repaired_records(lambda layer: layer.foreign is None) | foreign
+
+    def repaired_records(self, wanted: Callable[[Layer], bool] = lambda layer: True) -> dict[str, dict]:
+        """The records that go with the tensors as `repair` makes them."""
+        layers = {layer.key: layer.canonical_record() for layer in self.layers.values() if wanted(layer)}
+        return self.opaque | layers
 
     def repair(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors (same keys) as every host can load them: canonical entries and one marker per layer.
@@ -133,9 +156,9 @@ class Checkpoint:
         for layer in self.layers.values():
             stored = {suffix: state_dict.pop(key) for suffix, key in layer.sources.items()}
             for suffix, tensor in (stored | self._checked(layer, stored)).items():
-                if suffix not in BRANCH:
+                if suffix not in (*BRANCH, *layer.dropped):
                     state_dict[f"{layer.key}.{suffix}"] = tensor
-        for key, record in self.records().items():
+        for key, record in self.repaired_records().items():
             state_dict[f"{key}.comfy_quant"] = marker(record)
         state_dict.pop(f"{self.prefix}scaled_fp8", None)
         return state_dict
@@ -144,6 +167,8 @@ class Checkpoint:
         try:
             if layer.zero:
                 return layer.format.pack(layer.format.encode(torch.zeros(layer.shape)))
+            if layer.foreign is not None:
+                return layer.foreign.entries(layer.format, stored)
             return layer.format.check(stored, *layer.shape)
         except ValueError as problem:
             raise layer.error(self.path, f"{problem}; {DAMAGED}") from None
@@ -157,38 +182,69 @@ class Checkpoint:
         return self.read(f"{key}.weight").float()
 
     def _find_layers(self) -> dict[str, Layer]:
-        records = merge_markers(self)
+        records, unmarked = merge_markers(self)
         self.opaque = {k: r for k, r in records.items() if r.get("format") in HOST_ONLY or "num_experts" in r}
         dropped = next((k for k in self.tensors if k.endswith(".weight_correction")), None)
         if dropped is not None:
             raise ValueError(f"{self.path.name}: {dropped}: asymmetric W4A8 weights are dropped by ComfyUI on load; "
                              "re-quantize symmetric")  # fmt: skip
-        layers = {key: self._layer(key, record) for key, record in records.items() if key not in self.opaque}
+        layers = {
+            key: self._layer(key, record, key not in unmarked)
+            for key, record in records.items()
+            if key not in self.opaque
+        }
+        layers = self._with_order(layers, unmarked)
+        self.repairs += foreign.lines(layers)
         ours = {source for layer in layers.values() for source in layer.sources.values()}
         stray = next((key for key in self.tensors if key.rpartition(".")[2] in BRANCH and key not in ours), None)
         if stray is not None:
             raise ValueError(f"{self.path.name}: {stray}: a branch of a layer that is not quantized here; {DAMAGED}")
         return layers
 
-    def _layer(self, key: str, record: dict) -> Layer:
-        legacy = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-        names = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", *BRANCH, *legacy)
-        sources = {legacy.get(n, n): f"{key}.{n}" for n in names if f"{key}.{n}" in self.tensors}
-        specs = {suffix: self.tensors[source] for suffix, source in sources.items()}
+    def _layer(self, key: str, record: dict, marked: bool) -> Layer:
         try:
+            sources = layer_sources(key, self.tensors)
+            specs = {suffix: self.tensors[source] for suffix, source in sources.items()}
             record = infer(record, specs, self.repairs, key)
-            format = formats.from_record(record, specs)
+            check_record(record)
+            found = foreign.recognise(record, specs, marked)
+            format = formats.from_record(record, specs) if found is None else found[1]
             shape = logical_shape(format, record, specs)
             format.for_shape(*shape)
-            zero = self._odd_zero(format, sources, shape)
+            zero = found is None and self._odd_zero(format, sources, shape)
             check_branch(specs, shape)
         except ValueError as problem:
             raise ValueError(f"{self.path.name}: {key}: {problem}") from None
         if zero:
             self.repairs.append(f"{key}: all-zero weight with unusable scales")
         if isinstance(format, formats.INT8) and format.convrot and not format.per_row:
-            self.repairs.append(f"{key}: rotated, but with one scale for all rows: legal, less exact than row scales")
-        return Layer(key, format, shape, record, sources, zero)
+            self.repairs.append(f"{key}: {ROTATED_BY_ONE}")
+        return Layer(key, format, shape, record, sources, zero, found and found[0])
+
+    def _with_order(self, layers: dict[str, Layer], unmarked: set[str]) -> dict[str, Layer]:
+        """The layers, those of a block format marked as foreign whose scales turn out to lie row by row."""
+        for name in foreign.TILED:
+            mine = [
+                layer for layer in layers.values() if layer.format.name == name and not (layer.zero or layer.foreign)
+            ]
+            scales = {layer.key: layer.sources["weight_scale"] for layer in mine}
+            fit = [key for key, source in scales.items() if foreign.same_storage(name, self.tensors[source])]
+            sample = [self._first_rows(scales[key]) for key in fit[:: max(1, len(fit) // 3)][:4]]
+            if not sample or not foreign.by_row(sample, name):
+                continue
+            for layer in mine:
+                try:
+                    what = foreign.untiled(name, layer.record, layer.key not in unmarked)
+                except ValueError as problem:
+                    raise layer.error(self.path, problem) from None
+                layers[layer.key] = replace(layer, foreign=what)
+        return layers
+
+    def _first_rows(self, key: str) -> Tensor:
+        """The first block scales of a layer, whole tiles of them, as stored."""
+        rows, columns = self.tensors[key].shape
+        rows = min(rows, foreign.SAMPLE)
+        return self._bytes(key, 0, rows * columns).reshape(rows, columns)
 
     def _refuse_lost_branches(self) -> None:
         """Raises ValueError if the file says that it is in absorb mode, but a layer has lost its branch."""
@@ -221,7 +277,16 @@ class Checkpoint:
             format.check(stand_ins, *shape)
         except ValueError as problem:
             stored = specs["weight"].dtype == format.storage(*shape)["weight"].dtype
-            if stored and "weight_scale" in specs and not self.read(sources["weight"]).view(torch.uint8).any():
+            if stored and "weight_scale" in specs and self._is_zero(sources["weight"]):
                 return True
             raise ValueError(f"{problem}; {DAMAGED}") from None
         return isinstance(format, formats.NVFP4) and not self.read(sources["weight_scale_2"]).any()
+
+    def _is_zero(self, key: str) -> bool:
+        """Whether a tensor is all zero; not of one too large to look through in an instant."""
+        nbytes = self.tensors[key].nbytes
+        self._looked_at += nbytes
+        if self._looked_at > MAX_LOOKED_AT:
+            return False
+        starts = range(0, nbytes, CHUNK)
+        return not any(self._bytes(key, first, min(CHUNK, nbytes - first)).any() for first in starts)

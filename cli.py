@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import additions, baking, calibration_file, job, lora, planning, saved_inputs
+from . import additions, baking, calibration_file, job, lora, planning, repairing, saved_inputs
 from . import doctor as doctors
 from .checkpoint import ABSORB, LAYER_ERRORS, PROVENANCE, Checkpoint
 from .extraction import Extraction
@@ -124,6 +124,7 @@ def inspect(arguments) -> dict:
     if calibration_file.METADATA in file.metadata:
         said = calibration_file.inspect(file.path)
         return {"json": said, "text": "\n".join(said["text"])}
+    made = repairing.repair(file.path, Path(arguments.repair)) if arguments.repair else None
     counts: dict[str, int] = {}
     rows = []
     errors = _json(file, LAYER_ERRORS) or {}
@@ -153,6 +154,10 @@ def inspect(arguments) -> dict:
         text += [f"smoothed: {smoothed} layers have a pre_quant_scale; ComfyUI's own LoRA loaders merge right into "
                  "them if Tessera's loader has loaded the model, and wrongly if another has"]  # fmt: skip
     text += [f"repaired on reading: {r}" for r in file.repairs]
+    if made is not None:
+        found["repaired"] = {"file": str(made.path), "repairs": made.repairs, "losses": made.losses}
+        text += [f"wrote {made.path}: {len(made.repairs)} repairs" if made.repairs else f"wrote {made.path}: a copy"]
+        text += [f"{name}: encoding it anew changed the weight by {loss:.2%}" for name, loss in made.losses.items()]
     text += [f"{r['layer']}  {r['format']}{_mark(r)}  {list(r['shape'])}  {r['bytes'] / 1e6:.2f} MB" for r in rows]
     return {"json": found, "text": "\n".join(text)}
 
@@ -356,6 +361,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, inspect, "what a file holds, layer by layer")
     command.add_argument("file")
+    command.add_argument("--repair", metavar="OUT", help="also write a file in which everything is in order that was "
+                         "repaired on reading; never over an existing one")  # fmt: skip
 
     command = _command(commands, doctor, "how each format runs on this device, and what is missing")
     command.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (the first GPU, else cpu)")

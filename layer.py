@@ -8,10 +8,15 @@ from pathlib import Path
 
 import torch
 
+from .foreign import Foreign
 from .formats import Format, TensorSpec
+from .header import shown
 
 DAMAGED = "file damaged or marker stale, make it again from the original"
+ROTATED_BY_ONE = "rotated, but with one scale for all rows: legal, less exact than row scales"
 BRANCH = ("absorb_up", "absorb_down")  # F16 [out, r], [r, in] beside a layer's other entries
+ENTRIES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "weight_scalar")
+LEGACY = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 BRANCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -25,6 +30,7 @@ class Layer:
     record: dict  # its comfy_quant record, unknown keys kept
     sources: dict[str, str]  # entry suffix -> tensor key in the file
     zero: bool = False  # an all-zero weight with scales of odd shape, 0 or NaN: its entries are made anew
+    foreign: Foreign | None = None  # what it is in the file, if no ComfyUI loads it so: `format` is what it becomes
 
     @property
     def absorbs(self) -> bool:
@@ -36,8 +42,37 @@ class Layer:
         """Whether the input is multiplied by a `pre_quant_scale`, which the codes were divided by."""
         return "pre_quant_scale" in self.sources
 
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Entries that go with the layer as it is in the file, and not with what it becomes."""
+        return ("weight_scalar",) if self.foreign is None or self.foreign.exact else ("weight_scalar", "input_scale")
+
+    def canonical_record(self) -> dict:
+        """The `comfy_quant` record of the layer as every host loads it, keys that hosts do not know kept."""
+        stale = ("params", "group_size") if self.foreign else ("params",)
+        return {k: v for k, v in (self.record | self.format.record()).items() if k not in stale}
+
     def error(self, path: Path, problem: object) -> ValueError:
         return ValueError(f"{path.name}: {self.key}: {problem}")
+
+
+def layer_sources(key: str, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Entry suffix -> tensor key of everything that belongs to a layer. Raises ValueError for two of one kind."""
+    names = (*ENTRIES, *BRANCH)
+    sources = {name: f"{key}.{name}" for name in names if f"{key}.{name}" in tensors}
+    for old, name in LEGACY.items():
+        if f"{key}.{old}" in tensors:
+            if name in sources:
+                raise ValueError(f"has {old} and {name}, which are the same; {DAMAGED}")
+            sources[name] = f"{key}.{old}"
+    return sources
+
+
+def check_record(record: dict) -> None:
+    """Raises ValueError for a switch that is neither on nor off."""
+    for name in ("full_precision_matrix_mult", "convrot", "per_row"):
+        if name in record and not isinstance(record[name], bool | int | None):
+            raise ValueError(f"{name} is {shown(repr(record[name])[:80])}, neither true nor false; {DAMAGED}")
 
 
 def logical_shape(format: Format, record: dict, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
@@ -45,10 +80,12 @@ def logical_shape(format: Format, record: dict, specs: Mapping[str, TensorSpec])
     if "weight" not in specs or len(specs["weight"].shape) != 2:
         found = f"is {list(specs['weight'].shape)}" if "weight" in specs else "is missing"
         raise ValueError(f"weight {found}, {format.label} needs two dimensions; {DAMAGED}")
+    if 0 in specs["weight"].shape:
+        raise ValueError(f"weight is {list(specs['weight'].shape)}, a layer of no weights; {DAMAGED}")
     rows, columns = specs["weight"].shape
     stored = (rows, columns * format.codes_per_byte)
     shape = record.get("orig_shape")
-    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape):
+    if isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape):
         said = (shape[0], shape[1])
         if format.storage(*said)["weight"].shape == (rows, columns):
             return said

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from . import foreign
 from .formats import FORMATS, Plain, TensorSpec
+from .header import parse, shown
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 MARKER = ".comfy_quant"
 MAX_RECORD = 64_000  # bytes; a record has some ten short keys
+ASYMMETRIC = "asym_w4a8_int8"  # the only format with a weight_s_rel
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def merge_markers(file: Checkpoint) -> dict[str, dict]:
-    """Record per layer key of the file. Header and tensors are merged; the header wins unless only the tensor fits."""
+def merge_markers(file: Checkpoint) -> tuple[dict[str, dict], set[str]]:
+    """Record per layer key of the file, and the keys that have none but look quantized.
+
+    Header and tensors are merged; the header wins unless only the tensor fits.
+    """
     tensors = {key.removesuffix(MARKER): _record(file, key) for key in file.tensors if key.endswith(MARKER)}
     header = _header_records(file)
     merged = dict(tensors)
@@ -29,9 +34,14 @@ def merge_markers(file: Checkpoint) -> dict[str, dict]:
             file.repairs.append(f"{key}: header says {record.get('format')!r}, tensors are {other.get('format')!r}")
             record = other
         merged[key] = (other or {}) | record
+    for key, record in merged.items():
+        if "format" not in record and f"{key}.weight_s_rel" in file.tensors:
+            merged[key] = record | {"format": ASYMMETRIC}
+            file.repairs.append(f"{key}: format missing, tensors are {ASYMMETRIC}")
     if header.keys() - tensors.keys():
         file.repairs.append(f"{len(header.keys() - tensors.keys())} layers are marked in the header only")
-    return merged | _unmarked(file, merged)
+    unmarked = _unmarked(file, merged)
+    return merged | unmarked, set(unmarked)
 
 
 def infer(record: dict, specs: Mapping[str, TensorSpec], repairs: list[str], key: str) -> dict:
@@ -43,10 +53,19 @@ def infer(record: dict, specs: Mapping[str, TensorSpec], repairs: list[str], key
         # convert_to_quant --layer-config puts fp8 tensors under a block format's label; hosts call every fp8 e4m3
         repairs.append(f"{key}: marked {said}, tensors are {found[0]}")
         return record | {"format": found[0]}
+    if said in ("nvfp4", "mxfp8") and weight is not None and weight.dtype in FP8 and "weight_scale" in specs and (
+            said == "nvfp4" or found not in (["mxfp8"], [])):  # fmt: skip
+        raise ValueError(f"marked {said}, but its tensors are {found[0] if found else weight}: convert_to_quant's "
+                         "--layer-config does that; re-quantize without it")  # fmt: skip
+    if said == "hybrid_mxfp8":  # mxfp8 and a scale of the whole tensor beside it, which nothing needs
+        repairs.append(f"{key}: marked hybrid_mxfp8, its spare weight_scalar is left out: it is mxfp8")
+        return record | {"format": "mxfp8"}
     if said is not None:
         return record
     if not found:
         raise ValueError("format is missing and the tensors fit none; re-quantize the layer from the original")
+    if len(found) > 1:
+        raise ValueError(f"format is missing and ambiguous ({', '.join(found)}); add it to comfy_quant")
     repairs.append(f"{key}: format missing, tensors are {found[0]}")
     return record | {"format": found[0]}
 
@@ -58,14 +77,21 @@ def _candidates(specs: Mapping[str, TensorSpec]) -> list[str]:
         return []
     if "weight_scale_2" in specs:
         return ["nvfp4"] if weight.dtype in (torch.uint8, torch.int8) else []
-    if weight.dtype in FP8:
-        tiled = FORMATS["mxfp8"]().storage(*weight.shape)["weight_scale"].shape
-        if scale.numel == 1:
-            return [_fp8(weight.dtype)]
-        return ["mxfp8"] if weight.dtype == torch.float8_e4m3fn and scale.shape == tiled else []
+    if weight.dtype in FP8 and scale.numel == 1:
+        return [_fp8(weight.dtype)]
     if weight.dtype == torch.int8 and (scale.numel == 1 or scale.shape == (weight.shape[0], 1)):
         return ["int8_tensorwise"]
-    return []
+    if weight.dtype == torch.float8_e4m3fn and scale.dtype.itemsize == 1:
+        tiled = FORMATS["mxfp8"]().storage(*weight.shape)["weight_scale"].shape
+        rows = weight.shape[0], -(-weight.shape[1] // 32)
+        return ["mxfp8"] if scale.shape in (tiled, rows) else []
+    if weight.dtype == torch.int8 and scale.shape == weight.shape[:1]:
+        other = [name for name in ("convrot_w4a4",) if weight.shape[1] % 32 == 0]  # two codes a byte: K is twice that
+        return ["int8_tensorwise", *other]
+    if scale.dtype not in foreign.FLOATS or 0 in weight.shape:
+        return []
+    return [name for name, dtype in foreign.SCALED.items()
+            if dtype == weight.dtype and foreign.scaled_shape(name, weight.shape, scale.shape)]  # fmt: skip
 
 
 def _fp8(dtype: torch.dtype) -> str:
@@ -85,11 +111,13 @@ def _record(file: Checkpoint, key: str) -> dict:
     try:
         if spec.nbytes > MAX_RECORD:
             raise ValueError(f"{spec.nbytes} bytes")
-        record = json.loads(file.read(key).flatten().view(torch.uint8).numpy().tobytes())
+        record = parse(file.read(key).flatten().view(torch.uint8).numpy().tobytes().decode())
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{file.path.name}: {key}: is not a quantization record ({problem}); re-quantize") from None
+        raise ValueError(
+            f"{file.path.name}: {key}: is not a quantization record ({shown(str(problem))}); re-quantize"
+        ) from None
     return record
 
 
@@ -98,7 +126,7 @@ def _header_records(file: Checkpoint) -> dict[str, dict]:
     if text is None:
         return {}
     try:
-        layers = json.loads(text)["layers"]
+        layers = parse(text)["layers"]
         records = {name: dict(record) for name, record in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
@@ -113,7 +141,9 @@ def _with_prefix(file: Checkpoint, name: str) -> str:
     for key in (name, f"{file.prefix}{name}", bare, f"{file.prefix}{bare}"):
         if f"{key}.weight" in file.tensors:
             return key
-    raise ValueError(f"{file.path.name}: {name}: marked as quantized in the header, but the file has no such weight")
+    raise ValueError(
+        f"{file.path.name}: {shown(name)}: marked as quantized in the header, but the file has no such weight"
+    )
 
 
 def _unmarked(file: Checkpoint, known: Mapping[str, dict]) -> dict[str, dict]:
@@ -123,13 +153,18 @@ def _unmarked(file: Checkpoint, known: Mapping[str, dict]) -> dict[str, dict]:
     found = {}
     for key, spec in file.tensors.items():
         base, _, suffix = key.rpartition(".")
+        if suffix == "weight_s_rel" and base not in known and f"{base}.weight" in file.tensors:
+            found[base] = {"format": ASYMMETRIC}
         if suffix not in ("weight_scale", "scale_weight") or base in known or f"{base}.weight" not in file.tensors:
             continue
         weight = file.tensors[f"{base}.weight"]
         if weight.dtype.is_floating_point and weight.dtype not in FP8:
             continue  # a module that happens to be called so
         candidates = _candidates({"weight": weight, "weight_scale": spec} | _second_scale(file, base))
-        if len(candidates) != 1:
+        if len(candidates) > 1:
+            raise ValueError(f"{file.path.name}: {base}: format is missing and ambiguous ({', '.join(candidates)}); "
+                             "add it to comfy_quant")  # fmt: skip
+        if not candidates:
             raise ValueError(f"{file.path.name}: {base}: {weight} with {suffix} {spec} has no quantization record "
                              "and fits no format; re-quantize it from the original")  # fmt: skip
         found[base] = {"format": candidates[0]} | extra
