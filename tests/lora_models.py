@@ -3,7 +3,7 @@
 import shutil
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import comfy_host
 import lora_files
@@ -66,7 +66,9 @@ def file_of(models, name, format):
     path = folder / f"lora_{name}_{format}.safetensors"
     if path.exists():
         return path
-    if format != "bf16":
+    if format == "nvfp4, smoothed":
+        save_file(_smoothed(load_file(file_of(models, name, "bf16")), name), path)
+    elif format != "bf16":
         everything = recipe.loads(f'architecture = "auto"\ndefault = "{format}"', format)
         Job(Checkpoint(file_of(models, name, "bf16")), path, everything).run()
     elif name == "flux":
@@ -74,6 +76,21 @@ def file_of(models, name, format):
     else:
         shutil.copy(comfy_host.TINY, path)
     return path
+
+
+def _smoothed(tensors, name):
+    """Block layers divided by a scale of each input before they are packed; it meets the input again."""
+    from tessera import formats
+
+    generator = torch.Generator().manual_seed(4)
+    for layer in BLOCKS[name]:
+        weight = tensors.pop(f"{layer}.weight").float()
+        format = formats.parse("nvfp4").for_shape(*weight.shape)
+        scale = torch.randn(weight.shape[1], generator=generator).div(2).exp()
+        entries = format.pack(format.encode(weight / scale)) | {"pre_quant_scale": scale}
+        entries |= {"comfy_quant": formats.marker(format.record())}
+        tensors |= {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in entries.items()}
+    return tensors
 
 
 def load(loader, path):

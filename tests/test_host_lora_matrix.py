@@ -67,7 +67,13 @@ class Case:
 @pytest.fixture(
     scope="module",
     params=[
-        (name, format, loader) for name in models_.MODELS for format in models_.FORMATS for loader in models_.LOADERS
+        *(
+            (name, format, loader)
+            for name in models_.MODELS
+            for format in models_.FORMATS
+            for loader in models_.LOADERS
+        ),
+        *(("zimage", "nvfp4, smoothed", loader) for loader in models_.LOADERS),
     ],
     ids=lambda case: "-".join(case),
 )
