@@ -29,6 +29,7 @@ class Strengths:
     def __init__(self, values: Iterable[float]):
         self.values = [float(value) for value in values]
         self._tensors: dict[tuple[Runs, torch.device], Tensor] = {}
+        self._entries: dict[Runs, Tensor] = {}  # of each rank
 
     def vector(self, runs: Runs, device: torch.device) -> Tensor:
         """[r] on that device, the same tensor at every call: graphs read it there."""
@@ -53,11 +54,14 @@ class Strengths:
             raise ValueError(f"{len(values)} strengths for {len(self.values)} LoRAs; give one for each")
         if values != self.values:
             self.values = values
+            now = torch.tensor(values, dtype=torch.float32)
             for (runs, _), tensor in self._tensors.items():
-                tensor.copy_(self._spread(runs))
+                tensor.copy_(now[self._entries[runs]])
 
     def _spread(self, runs: Runs) -> Tensor:
-        return torch.tensor([self.values[entry] for entry, rank in runs for _ in range(rank)], dtype=torch.float32)
+        if runs not in self._entries:
+            self._entries[runs] = torch.tensor([entry for entry, rank in runs for _ in range(rank)], dtype=torch.long)
+        return torch.tensor(self.values, dtype=torch.float32)[self._entries[runs]]
 
 
 @dataclass(frozen=True)
@@ -187,17 +191,34 @@ class Branches(nn.Module):
             (parts, shapes, linear, siblings, dtype), self._plan = self._plan, None
             self.items.extend(Branch(parts[name], shapes[name], linear, dtype) for name in self.layers)
             by_name = dict(zip(self.layers, self.items, strict=True))
-            shared = [names for names in siblings if any(name in by_name for name in names)]
-            alone = set(self.layers) - {name for names in shared for name in names}
-            for names in [*shared, *((name,) for name in self.layers if name in alone)]:
-                self._group([(by_name[name], parts[name]) for name in names if name in by_name], linear, dtype)
+            for names in self._together(siblings):
+                self._group([(by_name[name], parts[name]) for name in names], linear, dtype)
             self.runs = {module.runs for module in (*self.items, *self.groups)}
             self.runs |= {item.bias_runs for item in self.items}
             self.runs |= {((entry, 1),) for item in self.items for entry, _ in item.places}
         return self
 
+    def planned(self) -> int:
+        """Bytes of all factors before they are joined: the host asks for the size of every stack that nodes build."""
+        parts, shapes, _, siblings, dtype = self._plan
+        total = sum(_bytes(parts[name], shapes[name][0], dtype) for name in self.layers)
+        for names in self._together(siblings):
+            factors = [p.form.pair.down for name in names for p in parts[name] if p.form.pair is not None]
+            total += sum(f.numel() for f in factors) * _dtype(factors, dtype).itemsize if factors else 0
+        return total
+
+    def _together(self, siblings: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """The layers, those that share an input together."""
+        shared = [tuple(name for name in names if name in self.layers) for names in siblings]
+        alone = set(self.layers) - {name for names in shared for name in names}
+        return [*filter(None, shared), *((name,) for name in self.layers if name in alone)]
+
+    def named_modules(self, *args, **kwargs):
+        """What the host walks through to load a model: then its factors must be there."""
+        self.build()
+        return super().named_modules(*args, **kwargs)
+
     def state_dict(self, *args, **kwargs):
-        """The first thing that the host asks of a model: its size."""
         self.build()
         return super().state_dict(*args, **kwargs)
 
@@ -227,6 +248,15 @@ class _Held(nn.Module):
 def _joined_up(parts: list[Part], out_features: int, dtype: torch.dtype | None) -> Tensor:
     factors = [_placed(part.form.pair.up, part.rows, out_features) for part in parts]
     return torch.cat([factor.to(_dtype(factors, dtype)) for factor in factors], 1)
+
+
+def _bytes(parts: list[Part], out_features: int, dtype: torch.dtype | None) -> int:
+    """Of a layer's up factors, bias differences and what stands beside them."""
+    ups = [part.form.pair.up for part in parts if part.form.pair is not None]
+    biases = [part.form.bias for part in parts if part.form.bias is not None]
+    total = sum(tensor.nbytes for part in parts for extra in part.form.extras for tensor in extra.state_dict().values())
+    total += out_features * sum(up.shape[1] for up in ups) * _dtype(ups, dtype).itemsize if ups else 0
+    return total + out_features * len(biases) * _dtype(biases, None).itemsize if biases else total
 
 
 def _placed(factor: Tensor, rows: Rows, out_features: int) -> Tensor:

@@ -126,7 +126,7 @@ def _entry(patcher, path: Path, tolerance: float, correction: bool) -> Entry:
         target = where.get(base)
         if target is None:
             unmatched.append(base)
-        elif target.layer is None:
+        elif target.layer is None or _reshapes(change, module_at(patcher.model, target.layer)):
             raw[base] = file.raw[base]
         else:
             _check(path.name, base, change, module_at(patcher.model, target.layer), target.rows)
@@ -136,6 +136,12 @@ def _entry(patcher, path: Path, tolerance: float, correction: bool) -> Entry:
         raise NothingFits(f"{path.name}: 0 of {len(file.changes)} LoRA layers match this model{first}; {OTHER}")
     rest = _Rest(raw, {base: where[base].host for base in raw}, tuple(unmatched), tuple(ignored))
     return Entry(identity, path.name, placed, correction, tolerance=tolerance, rest=rest)
+
+
+def _reshapes(change: Change, module: nn.Module) -> bool:
+    """Whether it makes another shape of a layer that is not quantized: the host can."""
+    plain = getattr(module, "layout_type", None) is None
+    return plain and change.reshape is not None and tuple(change.reshape) != stacking.shape_of(module)
 
 
 def _check(file: str, base: str, change: Change, module: nn.Module, rows) -> None:

@@ -97,7 +97,8 @@ class Kept:
     def add(self, key: tuple, made: Made) -> None:
         self.stacks[key] = made
         built = [k for k, other in self.stacks.items() if other.side.model.built]
-        for old in [*built[: max(len(built) - MOST_BUILT, 0)], *list(self.stacks)[: len(self.stacks) - MOST_KEPT]]:
+        many = max(len(self.stacks) - MOST_KEPT, 0)
+        for old in [*built[: max(len(built) - MOST_BUILT, 0)], *list(self.stacks)[:many]]:
             self.stacks.pop(old, None)
 
 
@@ -179,7 +180,7 @@ def _made(patcher, stacked: list[Entry]) -> Made:
             parts.setdefault(placed.layer, []).append(part)
     shapes = {name: shape_of(module_at(patcher.model, name)) for name in parts}
     branches = Branches(parts, shapes, comfy.ops.manual_cast.Linear, wiring.sharing(patcher.model), _dtype(patcher))
-    side = comfy.model_patcher.ModelPatcher(branches, patcher.load_device, patcher.offload_device)
+    side = comfy.model_patcher.ModelPatcher(branches, patcher.load_device, patcher.offload_device, branches.planned())
     side.cached_patcher_init = (_copy_branches, (branches, patcher.load_device, patcher.offload_device))
     made = Made(side, tuple(stacked), forms)
     memory.add(key, made)

@@ -128,13 +128,14 @@ def test_layers_that_share_an_input_share_one_down_factor():
     assert copied.items[0].group is copied.groups[0] is copied.items[1].group is not a.group
 
 
-def test_factors_are_joined_when_the_host_asks_for_their_size_and_every_byte_counts():
+def test_factors_are_joined_when_the_host_loads_them_and_every_byte_is_planned_before():
     first, second = lora(2, bias=torch.randn(6)), lora(3, seed=2)
     parts = [Part(n, form(change, (6, 4), None)) for n, change in enumerate((first, second))]
     branches = Branches({LAYER: parts}, {LAYER: (6, 4)}, torch.nn.Linear)
-    assert not branches.built and not list(branches.parameters())
-    nbytes = sum(tensor.nbytes for tensor in branches.state_dict().values())
-    assert branches.built and nbytes == sum(t.nbytes for change in (first, second) for t in change.tensors())
+    planned = branches.planned()
+    assert not branches.built and planned == sum(t.nbytes for change in (first, second) for t in change.tensors())
+    held = sum(p.nbytes for _, module in branches.named_modules() for p in module.parameters(recurse=False))
+    assert branches.built and held == planned == sum(tensor.nbytes for tensor in branches.state_dict().values())
 
 
 def test_setting_strengths_keeps_every_tensor_that_kernels_hold():
