@@ -7,6 +7,7 @@ the host can compute stay with it. Nodes that save or scale whole weights are gi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -23,7 +24,7 @@ from comfy.patcher_extension import CallbacksMP
 from safetensors import safe_open
 
 from ..injection import FUSED, module_at
-from . import adapters, attaching, settings, stacking
+from . import adapters, attaching, settings, stacking, wiring
 from .adapters import Patch
 from .stacking import Entry, names_of
 
@@ -68,8 +69,7 @@ def _guard_clone(_, clone) -> None:
 
 def _guard(patcher) -> None:
     """On the instance, not by a subclass, whose signatures would drift from the host's (design/host.md 26)."""
-    for name, function in (("add_patches", _add_patches), ("get_key_patches", _get_key_patches),
-                           ("model_state_dict_for_saving", _state_dict_for_saving)):  # fmt: skip
+    for name, function in (("add_patches", _add_patches), ("model_state_dict_for_saving", _state_dict_for_saving)):
         setattr(patcher, name, _Method(patcher, name, function))
 
 
@@ -82,32 +82,41 @@ class _Method:
 
     def __call__(self, *args, **kwargs):
         patcher = self._patcher()
+        if patcher is None:
+            raise ReferenceError("the model of this call is gone; keep the clone in a variable")
         return self._function(patcher, functools.partial(self._original, patcher), *args, **kwargs)
 
 
 def _add_patches(patcher, original, *args, **kwargs):
     """As the host's, and with its result: the keys that were patched, beside their layers or not."""
     before, version = {key: len(patches) for key, patches in patcher.patches.items()}, patcher.patches_uuid
-    keys = original(*args, **kwargs)
-    new = [(key, patch) for key, patches in patcher.patches.items() for patch in patches[before.get(key, 0) :]]
-    linear = [item for item in new if _is_linear(patcher.model, item[0])]
-    if any(patch[2] != 1.0 for _, patch in linear):  # a node that scales weights must find all that is added to them
-        _give_back(patcher, {key for key, _ in linear}, before)
-        return keys
-    correction = bool(linear) and _is_correction(patcher, linear)
-    if linear and (correction or settings.merge_guard()) and _take(patcher, linear, before, correction) == len(new):
-        patcher.patches_uuid = version  # no weight has changed: another uuid would have them all loaded again
+    with _ejected(patcher):
+        keys = original(*args, **kwargs)
+        new = [(key, patch) for key, patches in patcher.patches.items() for patch in patches[before.get(key, 0) :]]
+        linear = [item for item in new if _is_linear(patcher.model, item[0])]
+        if any(patch[2] != 1.0 for _, patch in linear):  # a node that scales weights must find all that is added
+            _give_back(patcher, {key for key, _ in linear}, before)
+            return keys
+        correction = bool(linear) and _is_correction(patcher, linear)
+        taking = linear and (correction or settings.merge_guard())
+        if taking and _take(patcher, linear, before, correction) == len(new):
+            patcher.patches_uuid = version  # no weight has changed: another uuid would have them all loaded again
     return keys
 
 
-def _get_key_patches(patcher, original, *args, **kwargs):
-    """As the host's, taken patches included: merging nodes get the model they would get without the guard."""
-    found = original(*args, **kwargs)
-    for entry, strength, _ in _taken(patcher):
-        for key, patch in entry.patches:
-            if key in found:
-                found[key] = [*found[key], (strength, *patch[1:])]
-    return found
+@contextlib.contextmanager
+def _ejected(patcher):
+    """Around changes of a stack. A clone says that it is injected when what it was cloned from is: the host would
+    inject it on leaving, into the model that another patcher runs."""
+    owner = patcher.model.__dict__.get(wiring.KEY, lambda: None)
+    copied = patcher.is_injected and owner() is not patcher
+    if copied:
+        patcher.is_injected = False
+    try:
+        with patcher.use_ejected():
+            yield
+    finally:
+        patcher.is_injected = copied or patcher.is_injected
 
 
 def _state_dict_for_saving(patcher, original, *args, **kwargs):
