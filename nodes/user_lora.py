@@ -142,6 +142,7 @@ def _attach(cls, model, clip, lines, schedule=None, tolerance=0.02) -> io.NodeOu
     for line in lines:
         model, clip, texts = _attach_line(model, clip, line, schedule, tolerance)
         said += texts
+    said += filter(None, [host.merged_hint(model), None if clip is None else host.merged_hint(clip.patcher)])
     for text in said:
         log.info("Tessera: %s", text)
     shown = [f"• {text}" for text in said] if len(said) > 1 else said  # Nodes 2.0 runs lines together

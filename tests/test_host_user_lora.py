@@ -449,3 +449,18 @@ def test_help_page_and_extension_are_served(host, name):
     assert page == (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
     served = host.get("/extensions")
     assert {"/extensions/tessera/lora_stack.js", "/extensions/tessera/lora_stack_text.js"} <= set(served)
+
+
+def test_a_lora_that_comfyui_merges_before_it_is_pointed_out(files, tiny, caplog):
+    """Models of other loaders are left as they are, with a hint; on ours the guard has nothing merged."""
+    import nodes
+
+    stock = nodes.UNETLoader().load_unet(tiny["model"], "default")[0]
+    ours = node("TesseraDiffusionModelLoader").execute(tiny["model"]).args[0]
+    for loaded, said in ((stock, True), (ours, False)):
+        merged = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded, files[0], 1.0)[0]
+        caplog.clear()
+        with caplog.at_level("INFO", "tessera"):
+            lora(files[1])(merged)
+            node("TesseraCorrectionLoRA").execute(merged, tiny["lora"], 1.0)
+        assert caplog.text.count("4 quantized layers have a LoRA merged by ComfyUI") == (2 if said else 0)
