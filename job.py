@@ -37,6 +37,7 @@ __all__ = ["LORA_PREFIX", "METADATA_PER_LAYER", "METADATA_SPARE", "Job", "Step",
 
 NAMES_LEFT = "an interrupted run of this job was complete but for the files' names"
 
+
 @dataclass
 class Job:
     """One quantization. Raises ValueError, before anything is written, for whatever it can know up front."""

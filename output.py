@@ -176,6 +176,30 @@ class Output:
         return {n: e for n, e in said.items() if n not in self._contents.formats and source.quantized(n)}
 
 
+def pair_problem(model: Checkpoint, lora: Checkpoint) -> str | None:
+    """Why a correction LoRA is not that of this model; None if it is, or if the files do not say."""
+    said = [_provenance(file) for file in (model, lora)]
+    if None in said:
+        return None
+    ours, theirs = said
+    named, theirs = theirs.get("model"), {key: value for key, value in theirs.items() if key != "model"}
+    if ours == theirs:
+        return None
+    different = ", ".join(sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)))
+    return (
+        f"{lora.name}: is the correction of another {named or 'model'} than {model.name} (made with another "
+        f"{different}); a job that was stopped may have left it: run that job again, or make both files anew"
+    )
+
+
+def _provenance(file: Checkpoint) -> dict | None:
+    try:
+        said = json.loads(file.metadata.get(PROVENANCE, "null"))
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) else None
+
+
 def _numbers(errors: Mapping[str, tuple[float | None, ...]]) -> str:
     rows = {name: [round(error, 6) for error in pair if error is not None] for name, pair in errors.items()}
     return json.dumps(rows, separators=(",", ":"))

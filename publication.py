@@ -72,13 +72,15 @@ def publish_together(files: Sequence[tuple[Path, Path]], overwrite: bool) -> Non
         left = [pair for pair in files if not _named(*pair)]
         for _, path in left:
             check_target(path, overwrite)
+        for folder in dict.fromkeys(path.parent for _, path in left):
+            sync_folder(folder)  # the hidden names: whoever finishes this after a power cut needs them
         try:
             for part, path in left:
-                alone = part is left[-1][0]
-                if not alone:
+                last = part is left[-1][0]
+                if not last:
                     _keep_old(part, path)
                 _rename(part, path, overwrite)
-                if not alone:
+                if not last:
                     sync_folder(path.parent)
         except BaseException:
             if not all(_named(*pair) for pair in left):
