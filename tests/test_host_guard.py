@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 import comfy_host
 import lora_models
 import lora_reference as reference
+import test_host_clip as clips
 from comfy_host import node, relative
+from test_host_clip import encoder, quantized  # noqa: F401 fixtures
 
 pytestmark = pytest.mark.host
 TRUNK = "diffusion_model."
@@ -318,15 +320,15 @@ def test_halves_that_change_places_are_taken_in_the_hosts_order(nvfp4):
 
 def test_the_correction_lora_is_rescued_whatever_the_setting(tiny, monkeypatch, caplog):
     monkeypatch.setenv("TESSERA_MERGE_GUARD", "0")
-    quantized = node("TesseraDiffusionModelLoader").execute(tiny["model"], speed="exact").args[0]
-    made = stock_lora(quantized, tiny["lora"])
+    base = node("TesseraDiffusionModelLoader").execute(tiny["model"], speed="exact").args[0]
+    made = stock_lora(base, tiny["lora"])
     assert [entry.correction for entry, _ in stack(made)] == [True] and not made.patches
     assert "got this model's correction LoRA, which merging would lose" in caplog.text
-    mine = node("TesseraCorrectionLoRA").execute(quantized, tiny["lora"], 1.0).args[0]
+    mine = node("TesseraCorrectionLoRA").execute(base, tiny["lora"], 1.0).args[0]
     call = lora_models.call("zimage")
     assert relative(reference.answer(made, call), reference.answer(mine, call)) < 1e-6
     style = {f"{TRUNK}layers.0.feed_forward.w1.weight": ("diff", (torch.ones(768, 256),))}
-    other = quantized.clone()
+    other = base.clone()
     other.add_patches(style, 1.0)
     assert other.patches and not stack(other)
 
@@ -374,6 +376,23 @@ def test_a_loaded_models_own_patches_act_at_once(models, nvfp4, style):
     reference.load(made)
     made.add_patches(loaded_patches(models, made, style), 0.5)
     check(made, nvfp4, [(models / "loras" / style, 0.5)])
+
+
+def test_a_text_encoders_lora_runs_beside_it_too(models, quantized):  # noqa: F811
+    import nodes
+
+    clip = clips.ours(quantized("nvfp4"), "exact")
+    name = "qwen3_4b.transformer.model.layers.1.mlp.up_proj"
+    weight = torch.ones(clips.LINEARS["mlp.up_proj"])
+    file = save(models, "text_guard", {f"text_encoders.{name}": weight}, scale=0.01)
+    made = nodes.LoraLoader().load_lora(None, clip, file, 0.0, 0.5)[1]
+    assert not made.patcher.patches and [strength for _, strength in stack(made.patcher)] == [0.5]
+    x = torch.randn(1, 64, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    pair = load_file(models / "loras" / file)
+    delta = pair[f"text_encoders.{name}.lora_up.weight"] @ pair[f"text_encoders.{name}.lora_down.weight"]
+    found, without = (reference.outputs(c.patcher, {name: x})[name] for c in (made, clip))
+    assert relative(found - without, 0.5 * x @ delta.T) < 1e-3
+    assert not torch.equal(clips.encode(made), clips.encode(clip))
 
 
 def test_a_layer_that_the_host_multiplies_past_its_module_is_left_to_merging(models):
