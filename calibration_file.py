@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .formats import TensorSpec
+from .header import parse, shown
 from .quantization.calibration import MOMENTS, Calibration, Outline, Statistics, moment_shape
 from .quantization.report import size
 from .writer import Writer
@@ -49,9 +50,11 @@ def read(path: Path) -> Calibration:
     """
     file = Checkpoint(Path(path))
     try:
-        said = json.loads(file.metadata.get(METADATA, "null"))
-    except ValueError as problem:
-        raise ValueError(f"{file.name}: metadata {METADATA!r} is not JSON ({problem}); record it again") from None
+        said = parse(file.metadata.get(METADATA, "null"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(
+            f"{file.name}: metadata {METADATA!r} is not JSON ({shown(str(problem))}); record it again"
+        ) from None
     if not isinstance(said, dict):
         raise ValueError(f"{file.name}: is no calibration file; save one with TesseraSaveCalibration")
     if said.get("version") != VERSION:
@@ -59,15 +62,31 @@ def read(path: Path) -> Calibration:
                          "record it again")  # fmt: skip
     try:
         layers, model, runs, sites, notes = (said[k] for k in ("layers", "model", "runs", "sites", "notes"))
-        counts = {name: (int(s["tokens"]), int(s["skipped"])) for name, s in sites.items()}
+        counts = {name: (_count(s["tokens"]), _count(s["skipped"])) for name, s in sites.items()}
         homeless = [layer for layer, site in layers.items() if site not in counts]
+        calibration = str(model), _count(runs), [str(note) for note in _list(notes)]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise ValueError(f"{file.name}: calibration metadata is incomplete ({problem!r}); record it again") from None
+        found = shown(repr(problem))
+        raise ValueError(f"{file.name}: calibration metadata is incomplete ({found}); record it again") from None
     stored = _Sites(file, counts)
     stored.check()
     if homeless:
-        raise ValueError(f"{file.name}: {homeless[0]}: its statistics are missing; record it again")
-    return Calibration(stored, layers, str(model), int(runs), [str(note) for note in notes])
+        raise ValueError(f"{file.name}: {shown(homeless[0])}: its statistics are missing; record it again")
+    if not counts:
+        raise ValueError(f"{file.name}: holds no statistics; record it again")
+    return Calibration(stored, layers, *calibration)
+
+
+def _count(said: object) -> int:
+    if type(said) is not int or not 0 <= said < 1 << 63:
+        raise ValueError(f"{str(said)[:40]} is no count")
+    return said
+
+
+def _list(said: object) -> list:
+    if not isinstance(said, list):
+        raise TypeError("notes are no list")
+    return said
 
 
 def inspect(path: Path) -> dict:
@@ -101,7 +120,9 @@ class _Sites(Mapping):
         for site in self._counts:
             missing = [part for part in PARTS if f"{site}.{part}" not in self._file.tensors]
             if missing:
-                raise ValueError(f"{self._file.name}: {site}: {missing[0]} is missing; record it again")
+                raise ValueError(f"{self._file.name}: {shown(site)}: {missing[0]} is missing; record it again")
+            if not all(self._file.tensors[f"{site}.{part}"].shape for part in PARTS):
+                raise ValueError(f"{self._file.name}: {site}: has one number for all its inputs; record it again")
             outline = self.outline(site)
             shapes = {moment_shape(outline.in_features, moment) for moment in MOMENTS}
             for key, spec in _specs(site, outline).items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import foreign, formats
 from .formats import Format, TensorSpec, marker
-from .header import DTYPES, read_header
+from .header import DTYPES, escaped, read_header
 from .layer import BRANCH, DAMAGED, ROTATED_BY_ONE, Layer, check_branch, check_record, layer_sources, logical_shape
 from .markers import infer, merge_markers
 from .quantization.lowrank import LowRank
@@ -214,7 +214,7 @@ class Checkpoint:
             zero = found is None and self._odd_zero(format, sources, shape)
             check_branch(specs, shape)
         except ValueError as problem:
-            raise ValueError(f"{self.path.name}: {key}: {problem}") from None
+            raise ValueError(f"{self.path.name}: {key}: {escaped(str(problem))[:1000]}") from None
         if zero:
             self.repairs.append(f"{key}: all-zero weight with unusable scales")
         if isinstance(format, formats.INT8) and format.convrot and not format.per_row:

@@ -77,8 +77,13 @@ def parse(text: str) -> object:
 
 def shown(name: str) -> str:
     """A name from a file as a message may show it: on one line, without markup, not too long."""
-    name = _STRANGE.sub(lambda match: ascii(match[0])[1:-1].replace("<", "\\x3c"), name)
+    name = escaped(name)
     return name if len(name) <= 200 else f"{name[:160]}... ({len(name)} characters)"
+
+
+def escaped(text: str) -> str:
+    """A text without what could break a line, turn it, or be markup."""
+    return _STRANGE.sub(lambda match: ascii(match[0])[1:-1].replace("<", "\\x3c"), text)
 
 
 def _text(path: Path, refuse) -> tuple[int, bytes]:

@@ -29,6 +29,7 @@ STARTS = {  # of files that are no safetensors: what they are
 }  # fmt: skip
 SCALES = (".weight_scale", ".weight_scale_2", ".scale_weight", ".comfy_quant", ".quant_state")  # of quantized tensors
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+MAX_LORA = 16_000_000_000  # bytes; all of them are read at once
 DAMAGED = "the file is damaged, download it again"
 NO_PART = "not a part of any adapter that ComfyUI loads"
 UNKNOWN = {  # ends of keys that some tools write: why nothing comes of them
@@ -132,6 +133,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         _, specs, offsets = read_header(path)
     except ValueError as problem:
         raise _other_file(path) or problem from None
+    if sum(spec.nbytes for spec in specs.values()) > MAX_LORA:
+        raise ValueError(f"{path.name}: has {path.stat().st_size / 1e9:.0f} GB, a LoRA has up to {MAX_LORA / 1e9:.0f}; "
+                         "is it a model? put it in the folder for models")  # fmt: skip
     tensors = {}
     with open(path, "rb", buffering=0) as file:
         for key, spec in specs.items():

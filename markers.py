@@ -31,7 +31,8 @@ def merge_markers(file: Checkpoint) -> tuple[dict[str, dict], set[str]]:
     for key, record in header.items():
         other = tensors.get(key)
         if other is not None and not _fits(file, key, record) and _fits(file, key, other):
-            file.repairs.append(f"{key}: header says {record.get('format')!r}, tensors are {other.get('format')!r}")
+            said = shown(repr(record.get("format")))
+            file.repairs.append(f"{key}: header says {said}, tensors are {other.get('format')!r}")
             record = other
         merged[key] = (other or {}) | record
     for key, record in merged.items():
@@ -142,7 +143,8 @@ def _with_prefix(file: Checkpoint, name: str) -> str:
         if f"{key}.weight" in file.tensors:
             return key
     raise ValueError(
-        f"{file.path.name}: {shown(name)}: marked as quantized in the header, but the file has no such weight"
+        f"{file.path.name}: {shown(name)}: marked as quantized in the header, but the file has no such weight; "
+        "another tool took it out, make the file again from the original"
     )
 
 

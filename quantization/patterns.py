@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from functools import cache
 
+MAX_RANGE, MAX_STARS = 100_000, 12
+
 
 @cache
 def compile(pattern: str, regex: bool = False) -> re.Pattern:
@@ -14,6 +16,8 @@ def compile(pattern: str, regex: bool = False) -> re.Pattern:
             return re.compile(pattern)
         except re.error as error:
             raise ValueError(f"pattern '{pattern}' is no regular expression: {error}") from error
+        except (RecursionError, OverflowError):
+            raise ValueError(f"pattern '{pattern[:40]}...' is too deep or too large a regular expression") from None
     if mistake := _names_tensor(pattern) or _mistake(pattern):
         raise ValueError(f"pattern '{pattern}' {mistake}")
     return re.compile(rf"\A{_expression(pattern)}\.weight\Z")
@@ -50,8 +54,14 @@ def _mistake(pattern: str) -> str | None:
     if re.search(r"^\.|\.\.|\.$|^$", pattern):
         return "has an empty segment; write names between single dots"
     for low, high in re.findall(r"(?<=[{,])(\d+)-(\d+)(?=[,}])", pattern):
+        if len(high) > 6 or len(low) > 6:
+            return "counts beyond a million, which no model's layers do"
         if int(low) > int(high):
             return f"counts down; write {high}-{low}"
+    if sum(int(high) - int(low) for low, high in re.findall(r"(?<=[{,])(\d+)-(\d+)(?=[,}])", pattern)) > MAX_RANGE:
+        return f"counts more than {MAX_RANGE} layers; write ** or several patterns"
+    if pattern.count("*") > MAX_STARS:  # matching takes a time to the power of their number
+        return f"has more than {MAX_STARS} stars; write several patterns"
     return None
 
 

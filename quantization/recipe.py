@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shlex
+import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ __all__ = [
 ]  # fmt: skip
 
 BUILTIN = Path(__file__).resolve().parent.parent / "recipes"
+MAX_TEXT = 400_000  # bytes; a rule for each layer of a large model takes a quarter
+MAX_DOTS = 16  # in a line without quotes; the TOML parser takes quadratic time for them
+_QUOTED = re.compile("[\"']")
 GENERIC = "nvfp4"  # for any model: what its architecture keeps is kept
 AUTO, NONE = "auto", "none"  # an architecture found from the model's keys; no architecture
 
@@ -93,7 +97,7 @@ def find(name_or_path: str | Path) -> Recipe:
 def read(path: str | Path) -> Recipe:
     """The recipe in a TOML file. Raises ValueError naming file, rule and value of the first mistake."""
     try:
-        return _recipe(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")), Path(path).stem, Path(path).parent)
+        return _recipe(_toml(_text(Path(path))), Path(path).stem, Path(path).parent)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}; built in are {', '.join(names())}") from error
     except ValueError as error:  # bad TOML and bad UTF-8 are ValueErrors too
@@ -103,9 +107,31 @@ def read(path: str | Path) -> Recipe:
 def loads(text: str, name: str = "recipe") -> Recipe:
     """The recipe in a file's text; `name` where it has none of its own. Raises ValueError naming rule and value."""
     try:
-        return _recipe(tomllib.loads(text), name, Path())
+        return _recipe(_toml(text), name, Path())
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    """A file's text. Raises ValueError for what is no file, or too large to be a recipe."""
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):  # a pipe would wait for ever
+        raise ValueError("is not a file; give the path of a .toml file")
+    if info.st_size > MAX_TEXT:
+        raise ValueError(f"has {info.st_size} bytes, a recipe has up to {MAX_TEXT}")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _toml(text: str) -> dict:
+    """Raises ValueError if it is no TOML, or TOML that takes the parser for ever."""
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"has {len(text)} characters, a recipe has up to {MAX_TEXT}")
+    if any(line.count(".") > MAX_DOTS and not _QUOTED.search(line) for line in text.splitlines()):
+        raise ValueError("has a key of too many parts; a recipe's keys have one")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deep to be a recipe") from None
 
 
 def _recipe(table: dict, name: str, folder: Path) -> Recipe:
