@@ -94,6 +94,8 @@ class Extraction:
             report.warnings += self._unreached(report.vectors)
             report.nbytes, report.seconds = writer.nbytes, time.monotonic() - started
             report.remark()
+            for digest in digests:
+                digest.check()
             writer.publish()
         return report
 

@@ -82,8 +82,9 @@ class Journal:
     def keep(self, count: int) -> None:
         """Forgets all records but the first `count`: what they tell of is not so. Later ones are written after them."""
         del self.records[count:], self._ends[count + 1 :]
-        self._file.truncate(self._ends[-1])
-        self._file.seek(self._ends[-1])
+        with disk_errors(self.target, 0):
+            self._file.truncate(self._ends[-1])
+            self._file.seek(self._ends[-1])
 
     def follow(self, writers: Iterable[Writer]) -> None:
         """The files that must be on disk before a record is."""

@@ -172,7 +172,8 @@ def folder_errors(folder: Path) -> Iterator[None]:
 
 
 def disk_full(path: Path, nbytes: int) -> str:
-    return f"{path}: needs {nbytes / 1e9:.2f} GB on that disk, which has less; free some space or choose another folder"
+    needs = f"needs {nbytes / 1e9:.2f} GB on that disk, which has less" if nbytes else "the disk is full"
+    return f"{path}: {needs}; free some space or choose another folder"
 
 
 def _rename(temporary: Path, path: Path, overwrite: bool) -> None:
