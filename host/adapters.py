@@ -45,6 +45,13 @@ def place(patch: Patch, layer: str, part: str, module: nn.Module) -> Placed | st
     return Placed(layer, rows, change, order)
 
 
+def reshapes(value) -> bool:
+    """Whether the host may give the weight another shape for it."""
+    if isinstance(value, comfy.weight_adapter.LoRAAdapter):
+        return value.weights[5] is not None
+    return isinstance(value, tuple) and len(value) == 2 and value[0] == "diff" and len(value[1]) > 1
+
+
 def sees_weight(value) -> bool:
     """Whether what a patch adds depends on the weight that it is added to."""
     if isinstance(value, comfy.weight_adapter.LoRAAdapter):

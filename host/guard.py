@@ -8,10 +8,9 @@ the host can compute stay with it. Nodes that save or scale whole weights are gi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import inspect
 import logging
-import re
 import uuid
 import weakref
 from collections import Counter
@@ -19,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
-import torch
 from comfy.patcher_extension import CallbacksMP
 from safetensors import safe_open
 
-from ..injection import FUSED, module_at
-from . import adapters, attaching, settings, stacking, wiring
+from ..injection import module_at
+from . import adapters, attaching, patchable, settings, stacking, wiring
 from .adapters import Patch
 from .stacking import Entry, names_of
 
@@ -53,7 +51,7 @@ def install(patcher) -> None:
 def merged_hint(patcher) -> str | None:
     """What to tell if the host merges patches into quantized weights of a MODEL or CLIP's patcher; None if not."""
     quantized = attaching.quantized_layers(patcher) if patcher.patches else set()
-    layers = sorted(quantized & {_layer(key) for key in patcher.patches if key.endswith(".weight")})
+    layers = sorted(quantized & {patchable.layer_of(key) for key in patcher.patches if key.endswith(".weight")})
     if not layers:
         return None
     text = f"{len(layers)} quantized layers have a LoRA merged by ComfyUI ({names_of(layers)}): "
@@ -93,10 +91,11 @@ def _add_patches(patcher, original, *args, **kwargs):
     with _ejected(patcher):
         keys = original(*args, **kwargs)
         new = [(key, patch) for key, patches in patcher.patches.items() for patch in patches[before.get(key, 0) :]]
-        linear = [item for item in new if _is_linear(patcher.model, item[0])]
-        if any(patch[2] != 1.0 for _, patch in linear):  # a node that scales weights must find all that is added
-            _give_back(patcher, {key for key, _ in linear}, before)
-            return keys
+        linear = [item for item in new if patchable.is_linear(patcher.model, item[0])]
+        alone = {key for key, patch in linear if patch[2] != 1.0 or adapters.reshapes(patch[1])}
+        if alone:  # what scales or enlarges a weight must find in it all that is added
+            _give_back(patcher, alone, before)
+            linear = [item for item in linear if item[0] not in alone]
         correction = bool(linear) and _is_correction(patcher, linear)
         taking = linear and (correction or settings.merge_guard())
         if taking and _take(patcher, linear, before, correction) == len(new):
@@ -136,7 +135,7 @@ def _take(patcher, linear: Patches, before: dict[str, int], correction: bool) ->
     """Moves patches into the stack; how many."""
     able, reasons = [], []
     for key, patch in linear:
-        reason = _unable(patcher.model, patch, key, bool(before.get(key)))
+        reason = patchable.unable(patcher.model, patch, key, patcher.patches[key][: before.get(key, 0)])
         reasons.append((key, reason)) if reason else able.append((key, patch))
     moved: Patches = []
     for strength in {patch[0]: None for _, patch in able}:  # one, as nodes call it
@@ -147,8 +146,9 @@ def _take(patcher, linear: Patches, before: dict[str, int], correction: bool) ->
             stacking.attach(patcher, entry, float(strength))
             moved += [together[position] for position in entry.positions]
     _remove(patcher, moved)
+    reasons = [item for item in reasons if patchable.is_quantized(patcher.model, item[0])]
     if reasons:
-        names = sorted({_layer(key) for key, _ in reasons})
+        names = sorted({patchable.layer_of(key) for key, _ in reasons})
         log.warning("Tessera: LoRA of a ComfyUI node: %d layers get it merged, rounded without bias (%s), as %s",
                     len(names), names_of(names), Counter(why for _, why in reasons).most_common(1)[0][0])  # fmt: skip
     return len(moved)
@@ -203,54 +203,44 @@ def _taken(patcher) -> list[stacking.Item]:
 
 
 def _give_back(patcher, keys: set[str] | None = None, before: dict[str, int] | None = None) -> None:
-    """Puts taken patches back to be merged, behind the first `before` of each key: entries that touch one of the keys;
-    without keys all but corrections."""
-    items = stacking.entries(patcher)
-    back = [(entry, strength) for entry, strength, _ in items if isinstance(entry, Taken) and (
-        not entry.correction if keys is None else any(key in keys for key, _ in entry.patches))]  # fmt: skip
-    if not back:
-        return
-    gone = {id(entry) for entry, _ in back}
-    rest = [item for item in items if id(item[0]) not in gone]
-    stacking._carry(patcher, rest) if rest else stacking._drop(patcher)
-    places = Counter(before or {})
-    for entry, strength in back:
-        for key, patch in entry.patches:
+    """Puts the patches of some keys back to be merged, behind the first `before` of each; without keys all but those of
+    corrections."""
+    places, items, given = Counter(before or {}), [], 0
+    for entry, strength, schedule in stacking.entries(patcher):
+        back = _back(entry, keys)
+        for key, patch in back:
             patches = patcher.patches.get(key, [])
             patcher.patches[key] = [*patches[: places[key]], (strength, *patch[1:]), *patches[places[key] :]]
             places[key] += 1
+        given += len(back)
+        rest = _without(entry, back) if back else entry
+        items += [(rest, strength, schedule)] if rest is not None else []
+    if not given:
+        return
+    stacking._carry(patcher, items) if items else stacking._drop(patcher)
     patcher.patches_uuid = uuid.uuid4()
-    log.info("Tessera: %d LoRAs of ComfyUI nodes are merged after all, as a node that saves or merges models asks for "
-             "the weights", len(back))  # fmt: skip
+    log.info("Tessera: %d patches of ComfyUI's LoRA nodes are merged after all, as a node asks for the weights", given)
 
 
-def _unable(model: torch.nn.Module, patch: Patch, key: str, merged: bool) -> str | None:
-    """Why a patch must be left to the host, for a reason that lies in the model."""
-    if merged and adapters.sees_weight(patch[1]):
-        return "it depends on a weight that ComfyUI has changed by merging"
-    if getattr(module_at(model, _layer(key)), "layout_type", None) == FUSED and _bypassed(model, _layer(key)):
-        return "ComfyUI multiplies the layer without calling it, so that nothing can run beside"
-    return None
+def _back(entry: Entry, keys: set[str] | None) -> Patches:
+    if not isinstance(entry, Taken):
+        return []
+    if keys is None:
+        return [] if entry.correction else list(entry.patches)
+    return [item for item in entry.patches if item[0] in keys]
 
 
-def _bypassed(model: torch.nn.Module, layer: str) -> bool:
-    """Whether the layer is one that a block of the host's gives to `linear_input_act`."""
-    parts = layer.split(".")
-    return any(
-        ".".join(parts[cut:]) in _fused_in(type(module_at(model, ".".join(parts[:cut]))))
-        for cut in range(1, len(parts))
-    )
-
-
-@functools.cache
-def _fused_in(cls: type) -> frozenset[str]:
-    """Paths below a block whose layers its code gives to `linear_input_act`."""
-    try:
-        code = inspect.getsource(cls) if cls.__module__.startswith("comfy.") else ""
-    except (OSError, TypeError):  # without source, as in a frozen build
-        code = ""
-    found = re.findall(r"linear_input_act\(\s*self([\w.\[\]]+)", code)
-    return frozenset(re.sub(r"\[(\d+)\]", r".\1", path).strip(".") for path in found)
+def _without(entry: Taken, back: Patches) -> Taken | None:
+    """What is left of an entry."""
+    gone = {id(patch) for _, patch in back}
+    kept = [
+        (placed, item) for placed, item in zip(entry.changes, entry.patches, strict=True) if id(item[1]) not in gone
+    ]
+    if not kept:
+        return None
+    changes, patches = (list(part) for part in zip(*kept, strict=True))
+    identity = *entry.identity, tuple(sorted({key for key, _ in back}))
+    return dataclasses.replace(entry, identity=identity, changes=changes, patches=tuple(patches))
 
 
 def _is_correction(patcher, linear: Patches) -> bool:
@@ -269,17 +259,3 @@ def _probes(path: str, *_version: int) -> frozenset[bytes]:
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2]  # noqa: SIM118 not a dict
         return frozenset(adapters.digest(file.get_tensor(name)) for name in names[:: max(1, len(names) // PROBES)])
-
-
-def _is_linear(model: torch.nn.Module, key: str) -> bool:
-    """Whether a parameter is the weight or bias of a linear layer of the host's, which runs by being called."""
-    layer, _, part = key.rpartition(".")
-    if part not in ("weight", "bias") or not layer:
-        return False
-    module = module_at(model, layer)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return hasattr(module, "comfy_cast_weights") and all(isinstance(size, int) for size in sizes)
-
-
-def _layer(key: str) -> str:
-    return key.rpartition(".")[0]

@@ -84,9 +84,9 @@ def layers_with(patcher, names=(QKV, W1, W2)):
     return inputs
 
 
-def check(patcher, base, files, bound=2e-4):
+def check(patcher, base, files, bound=2e-4, layers=(QKV, W1, W2)):
     """What the layers add to the base's outputs is what the files add to the decoded weights, in fp32."""
-    inputs, before = layers_with(base), reference.weights(base)
+    inputs, before = layers_with(base, layers), reference.weights(base)
     after = reference.changed(base, files, before)
     without, found = reference.outputs(base, inputs), reference.outputs(patcher, inputs)
     for layer, x in inputs.items():
@@ -357,10 +357,32 @@ def test_scaling_a_weight_gives_its_lora_back_to_be_scaled_too(models, nvfp4, st
     made, key = stock_lora(nvfp4, style), f"{TRUNK}{W1}.weight"
     made = made.clone()
     made.add_patches({key: ("diff", (torch.ones(768, 256),))}, 0.5, 0.25)
-    assert not stack(made) and len(made.patches) == 4
+    assert list(made.patches) == [key] and len(made.patches[key]) == 2
+    [(rest, _)] = stack(made)
+    assert f"{TRUNK}{W1}" not in rest.layers and len(rest.changes) == 5
+    check(made, nvfp4, [(models / "loras" / style, 1.0)], layers=(QKV, W2))
     before, wanted = reference.weights(nvfp4)[key], reference.changed(nvfp4, [(models / "loras" / style, 1.0)])[key]
     found = comfy.lora.calculate_weight(made.patches[key], before.clone(), key)
     assert relative(found, 0.25 * wanted + 0.5) < 1e-5
+
+
+def test_a_lora_that_enlarges_a_layer_stays_in_it_with_all_others(nvfp4):
+    """As Flux control LoRAs do; beside the layer nothing would fit the wider input."""
+    import comfy.weight_adapter
+
+    def adapter(columns, reshape=None):
+        up, down = torch.randn(256, 2), torch.randn(2, columns)
+        return comfy.weight_adapter.LoRAAdapter(set(), (up, down, None, None, None, reshape))
+
+    key, other = f"{TRUNK}x_embedder.weight", f"{TRUNK}{W2}.weight"
+    clone = nvfp4.clone()
+    width = clone.model.get_submodule(f"{TRUNK}x_embedder").in_features
+    clone.add_patches({key: adapter(width), other: adapter(768)})
+    assert not clone.patches
+    clone.add_patches({key: adapter(2 * width, [256, 2 * width]), other: adapter(768)})
+    clone.add_patches({key: adapter(2 * width)})
+    assert list(clone.patches) == [key] and len(clone.patches[key]) == 3
+    assert [entry.layers for entry, _ in stack(clone)] == [(f"{TRUNK}{W2}",)] * 2
 
 
 def test_a_chain_of_nodes_does_not_reach_the_model_that_is_loaded(nvfp4, style):
@@ -398,11 +420,11 @@ def test_a_text_encoders_lora_runs_beside_it_too(models, quantized):  # noqa: F8
 def test_a_layer_that_the_host_multiplies_past_its_module_is_left_to_merging(models):
     from comfy.ldm.minimax import model as minimax
 
-    from tessera.host import guard
+    from tessera.host import patchable
 
-    fused = {name: guard._fused_in(cls) for name, cls in vars(minimax).items() if isinstance(cls, type)}
+    fused = {name: patchable.fused_in(cls) for name, cls in vars(minimax).items() if isinstance(cls, type)}
     assert {"fc2"} in [set(found) for found in fused.values()]
-    assert guard._fused_in(torch.nn.Linear) == frozenset()
+    assert patchable.fused_in(torch.nn.Linear) == frozenset()
 
 
 def test_the_setting_is_what_the_frontend_keeps(models, monkeypatch):
