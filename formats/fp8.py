@@ -22,8 +22,8 @@ class FP8(Format):
         return {"weight": weight, "weight_scale": TensorSpec(torch.float32, ())}
 
     def encode(self, weight: Tensor) -> Quantized:
-        amax = weight.abs().amax()
-        scale = amax / self.max if amax > 0 else torch.ones_like(amax)
+        scale = weight.abs().amax() / self.max
+        scale = scale if scale > 0 else torch.ones_like(scale)  # also where dividing the smallest numbers gives 0
         return Quantized((weight / scale).clamp(-self.max, self.max).to(self.dtype), scale)
 
     def decode_rows(self, quantized: Quantized) -> Tensor:

@@ -31,9 +31,9 @@ class NVFP4(Format):
 
     def encode(self, weight: Tensor) -> Quantized:
         """Round to nearest with amax scales, bit-identical to comfy-kitchen's quantizer (0.2.26 to 0.2.40) except that
-        an all-zero weight gets scale 1, not 0."""
-        amax = weight.abs().amax()
-        scale = amax / (ref.E4M3_MAX * ref.E2M1_MAX) if amax > 0 else torch.ones_like(amax)
+        an all-zero weight gets scale 1, not 0; so does one so small that its scale is 0 in fp32."""
+        scale = weight.abs().amax() / (ref.E4M3_MAX * ref.E2M1_MAX)
+        scale = scale if scale > 0 else torch.ones_like(scale)
         return self.encode_scaled(weight, scale)
 
     def encode_scaled(self, weight: Tensor, scale: Tensor) -> Quantized:

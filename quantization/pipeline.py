@@ -22,6 +22,7 @@ BEST, SWEEP, NEAREST = ROUNDINGS = ("best", "sweep", "nearest")
 
 MAX_SHRINKAGE = 0.5
 ABSORBED_NOISE = 0.08**2  # relative squared error of a 4-bit weight, which counts beside that of its input
+LARGEST = 1e9  # weight: beyond, a branch's fp16 factors and squares of squares in fp32 overflow
 INPUT_HEADROOM = 2.0  # over the largest calibrated input; block scales of E4M3 lose nothing to it
 TRIAL_ROWS = 512  # of a weight, to choose its smoothing on
 
@@ -81,6 +82,7 @@ def quantize(
     statistics are those of a layer of another width.
     """
     require_finite(weight)
+    _require_range(format, weight)
     notes: list[str] = []
     if statistics is not None and statistics.in_features != weight.shape[1]:
         raise ValueError(f"in_features {weight.shape[1]}, its statistics have {statistics.in_features}; "
@@ -97,7 +99,34 @@ def quantize(
     layer = _Layer(format, settings, seed, None if moment is None else statistics, moment, notes)
     smooth = layer.choose_smoothing(weight)
     quantized, branch = layer.encode(weight, smooth)
-    return layer.finish(weight, bias, smooth, quantized, branch)
+    made = layer.finish(weight, bias, smooth, quantized, branch)
+    if not all(math.isfinite(error) for error in (made.error, made.corrected_error) if error is not None):
+        raise ValueError(f"its error cannot be computed ({made.error}, {made.corrected_error} with its branch); "
+                         "keep this layer, or choose another format for it")  # fmt: skip
+    return made
+
+
+def _require_range(format: Format, weight: Tensor) -> None:
+    """Raises ValueError if a weight is beyond its format, or beyond what a layer can be computed with."""
+    largest = weight.abs().max().item() if weight.numel() else 0.0
+    if isinstance(format, Plain):
+        fits, limit = weight.new_tensor(largest).to(format.dtype).isfinite(), torch.finfo(format.dtype).max
+    else:
+        fits, limit = largest <= LARGEST, LARGEST
+    if not fits:
+        raise ValueError(f"its largest weight is {largest:.4g}, {format.label} takes {limit:.4g}; keep this layer, "
+                         "or repair the source")  # fmt: skip
+
+
+def _rest(weight: Tensor, branch: LowRank, columns: bool) -> Tensor:
+    """What is left of a weight without its branch. Rows, and with `columns` columns, that are zero stay so: there a
+    branch is nothing but rounding noise, too small for any block scale beside the others."""
+    rest = branch.add_to(weight.clone(), -1)
+    for axis in (1, 0) if columns else (1,):
+        empty = ~(weight != 0).any(axis, keepdim=True)
+        if empty.any():
+            rest.masked_fill_(empty, 0.0)
+    return rest
 
 
 @dataclass(frozen=True)
@@ -146,7 +175,7 @@ class _Layer:
         metric = self.moment if self.moment is None or smooth is None else self.moment.scaled(1 / smooth)
         if self.settings.mode == ABSORB:
             branch = self.absorbed(target, metric, smooth).half()
-            quantized = self.round(branch.add_to(target.clone(), -1), metric)
+            quantized = self.round(_rest(target, branch, metric is None), metric)
             # it sees the input as it comes
             return quantized, branch if smooth is None else LowRank(branch.up, branch.down.float() / smooth)
         quantized = self.round(target, metric)
@@ -172,7 +201,7 @@ class _Layer:
         (MiniLM, 1 - cos of the embedding). With statistics it takes a hundredth.
         """
         error = self.format.decode(quantized).sub_(weight).neg_()
-        return lowrank.fit(error, self.settings.rank, self.seed).add_to(weight.clone(), -1)
+        return _rest(weight, lowrank.fit(error, self.settings.rank, self.seed), True)
 
     def round(self, weight: Tensor, metric: Moment | None) -> Quantized:
         if metric is not None and isinstance(self.format, gptq.FORMATS):

@@ -37,7 +37,8 @@ def sweep(weight: Tensor) -> tuple[Tensor, Tensor]:
 def global_scale(weight: Tensor) -> Tensor:
     """The fp32 scale [] that leaves room to enlarge block scales."""
     amax = weight.abs().amax()
-    return amax / (ref.E2M1_MAX * HEADROOM) if amax > 0 else torch.ones_like(amax)
+    scale = amax / (ref.E2M1_MAX * HEADROOM)
+    return scale if scale > 0 else torch.ones_like(scale)  # also where it is below the smallest number
 
 
 def encode(format: NVFP4, weight: Tensor) -> Quantized:
