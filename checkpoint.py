@@ -14,7 +14,7 @@ from torch import Tensor
 from . import foreign, formats
 from .formats import Format, TensorSpec, marker
 from .header import DTYPES, escaped, read_header
-from .layer import BRANCH, DAMAGED, ROTATED_BY_ONE, Layer, check_branch, check_record, layer_sources, logical_shape
+from .layer import BRANCH, DAMAGED, ROTATED_BY_ONE, Layer, check_extras, check_record, layer_sources, logical_shape
 from .markers import infer, merge_markers
 from .quantization.lowrank import LowRank
 
@@ -127,6 +127,9 @@ class Checkpoint:
                 raise layer.error(self.path, f"{problem}; it is the layer of another model") from None
             weight = layer.format.decode(quantized)
         smoothing = entries.get("pre_quant_scale")  # the input is multiplied by it, so the weight was divided
+        if smoothing is not None and smoothing.numel() != weight.shape[1]:
+            raise layer.error(self.path, f"pre_quant_scale has {smoothing.numel()} numbers, the weight "
+                              f"{weight.shape[1]} columns; {DAMAGED}")  # fmt: skip
         weight = weight if smoothing is None else weight * smoothing.float()
         return LowRank(*(entries[part] for part in BRANCH)).add_to(weight) if absorbed and layer.absorbs else weight
 
@@ -211,8 +214,8 @@ class Checkpoint:
             format = formats.from_record(record, specs) if found is None else found[1]
             shape = logical_shape(format, record, specs)
             format.for_shape(*shape)
-            zero = found is None and self._odd_zero(format, sources, shape)
-            check_branch(specs, shape)
+            zero = self._odd_zero(format, sources, shape) if found is None else self._no_scale(format, sources)
+            check_extras(format, record, specs, shape)
         except ValueError as problem:
             raise ValueError(f"{self.path.name}: {key}: {escaped(str(problem))[:1000]}") from None
         if zero:
@@ -280,6 +283,9 @@ class Checkpoint:
             if stored and "weight_scale" in specs and self._is_zero(sources["weight"]):
                 return True
             raise ValueError(f"{problem}; {DAMAGED}") from None
+        return self._no_scale(format, sources)
+
+    def _no_scale(self, format: Format, sources: Mapping[str, str]) -> bool:
         return isinstance(format, formats.NVFP4) and not self.read(sources["weight_scale_2"]).any()
 
     def _is_zero(self, key: str) -> bool:

@@ -81,6 +81,10 @@ def recognise(record: dict, specs: Mapping[str, TensorSpec], marked: bool) -> tu
         _check_scaled(name, record, weight, scale)
         return Foreign(name, False, record), INT8(full_precision_matrix_mult=full, per_row=True)
     if name in TILED and _in_rows(name, weight, scale):
+        tensor_scale = specs.get("weight_scale_2")
+        if name == "nvfp4" and (tensor_scale is None or tensor_scale.numel != 1 or tensor_scale.dtype not in FLOATS):
+            raise ValueError(f"weight_scale_2 is {tensor_scale or 'missing'}, nvfp4 needs one number in float32; "
+                             "re-quantize from the original")  # fmt: skip
         return untiled(name, record, marked), TILED[name][0]()
     return None
 

@@ -56,6 +56,15 @@ class Layer:
         return ValueError(f"{path.name}: {self.key}: {problem}")
 
 
+def check_extras(format: Format, record: dict, specs: Mapping[str, TensorSpec], shape: tuple[int, int]) -> None:
+    """Raises ValueError if what stands beside a format's own entries does not fit the layer."""
+    check_branch(specs, shape)
+    padded = format.name in ("nvfp4", "mxfp8") and record.get("orig_shape") != list(shape)
+    check_input_scales(specs, shape, shape[1] - 31 if padded else shape[1])
+    if "weight_scale_2" in specs and "weight_scale_2" not in format.storage(*shape):
+        raise ValueError(f"has a weight_scale_2, {format.label} has none; {DAMAGED}")
+
+
 def layer_sources(key: str, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
     """Entry suffix -> tensor key of everything that belongs to a layer. Raises ValueError for two of one kind."""
     names = (*ENTRIES, *BRANCH)
@@ -90,6 +99,22 @@ def logical_shape(format: Format, record: dict, specs: Mapping[str, TensorSpec])
         if format.storage(*said)["weight"].shape == (rows, columns):
             return said
     return stored
+
+
+def check_input_scales(specs: Mapping[str, TensorSpec], shape: tuple[int, int], least: int) -> None:
+    """Raises ValueError for scales of the input that do not fit a layer [out, in], or are no numbers.
+
+    `least`: columns without what may be padding, where the file does not say the logical shape.
+    """
+    fit = {
+        "input_scale": lambda spec: spec.numel == 1,
+        "pre_quant_scale": lambda spec: len(spec.shape) == 1 and least <= spec.numel <= shape[1],
+    }
+    for name, fits in fit.items():
+        spec = specs.get(name)
+        if spec is not None and not (fits(spec) and spec.dtype.is_floating_point and spec.dtype.itemsize > 1):
+            needed = "one number" if name == "input_scale" else f"[{shape[1]}]"
+            raise ValueError(f"{name} is {spec}, a layer of {list(shape)} needs {needed} in float32; {DAMAGED}")
 
 
 def check_branch(specs: Mapping[str, TensorSpec], shape: tuple[int, int]) -> None:

@@ -98,7 +98,7 @@ def _by_base(file: AdapterFile, tensors: dict[str, Tensor]) -> dict[str, adapter
             raise ValueError(f"{file.name}: {key}: the file has this twice, in two spellings; keep one of them")
         if part not in ("alpha", "reshape_weight"):
             tensor = _plain(file.name, key, tensor, scaled)
-        if not adapter_parts.finite(tensor):
+        if tensor.is_floating_point() and not adapter_parts.finite(tensor):
             raise ValueError(f"{file.name}: {key}: holds NaN or infinite numbers; {DAMAGED}")
         found.parts[part], found.suffixes[part] = tensor, suffix
     return bases

@@ -1,0 +1,81 @@
+"""Hostile files and mutants against every reader, counted: anything but a refusal or a true load is a finding.
+
+    scripts/trust                   bad files by name, then 100,000 mutants: some minutes on two cores
+    scripts/trust --cases 5000      less
+    scripts/trust --seed 7          other mutants; case n of a seed is always the same
+
+Exits 1 on any crash, hang or silent wrong load. Such files are left in .cache/trust.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+LEFT = Path(os.environ.get("TESSERA_CACHE") or ROOT / ".cache") / "trust"
+COLUMNS = ("refused", "accepted", "crash", "hang", "wrong")
+TITLES = {"crash": "crashes", "hang": "hangs", "wrong": "wrong loads"}
+ALONE = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, str(TESTS / script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ALONE)
+
+
+def result(process: subprocess.Popen) -> dict:
+    """What a script printed as JSON; a script that died is a crash of its own."""
+    said = process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(f"trust: {process.args[1]} ended with {process.returncode}: a reader took its process with it")
+    return json.loads(said)
+
+
+def bad_files() -> tuple[str, bool]:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = result(start("refusing.py", folder))
+    wrong = [name for name, row in rows.items() if row["refused"] != "ValueError"]
+    slowest, largest = (max(row[key] for row in rows.values()) for key in ("seconds", "mb"))
+    text = f"{len(rows)} bad files: {len(rows) - len(wrong)} refused, the slowest in {slowest:.2f} s, "
+    return "\n".join([f"{text}with at most {largest:.0f} MB", *(f"not refused: {name}" for name in wrong)]), not wrong
+
+
+def mutants(seed: int, cases: int, processes: int) -> tuple[str, bool]:
+    LEFT.mkdir(parents=True, exist_ok=True)
+    started, share = time.monotonic(), -(-cases // processes)
+    running = [start("fuzzing.py", LEFT, seed, first, min(share, cases - first)) for first in range(0, cases, share)]
+    done = [result(process) for process in running]
+    counts = {reader: {c: sum(d["counts"][reader].get(c, 0) for d in done) for c in COLUMNS}
+              for reader in done[0]["counts"]}  # fmt: skip
+    counts["all"] = {c: sum(row[c] for row in counts.values()) for c in COLUMNS}
+    lines = ["".join(f"{title:>12}" for title in ("mutants of", "cases", *(TITLES.get(c, c) for c in COLUMNS)))]
+    for reader, row in counts.items():
+        lines.append(f"{reader:>12}" + "".join(f"{n:>12,}" for n in (sum(row.values()), *row.values())))
+    findings = [finding for d in done for finding in d["findings"]]
+    slowest = max(d["slowest"] for d in done)
+    lines.append(f"{time.monotonic() - started:.0f} s on {processes} processes, the slowest case {slowest:.2f} s")
+    return "\n".join([*lines, *findings[:20]]), not findings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    given = parser.parse_args()
+    sound = True
+    for part in (bad_files, lambda: mutants(given.seed, given.cases, given.processes)):
+        text, well = part()
+        print(text, flush=True)
+        sound &= well
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
