@@ -106,16 +106,26 @@ def by_row(stored: list[Tensor], name: str) -> bool:
     """Whether block scales [rows, columns] as stored, rows a multiple of 128, lie row by row.
 
     Rows and columns of a weight differ in size, so the right order explains more of its scales by one number per row
-    and one per column. Where nothing tells, they lie in tiles.
+    and one per column. Where nothing tells, they lie in tiles; so they do where padding shows only in that order.
     """
     tiled, rows, count = 0.0, 0.0, sum(scale.numel() for scale in stored)
     for scale in stored:
         raw = scale.view(torch.uint8) if scale.dtype.itemsize == 1 else scale
+        if _padding(ref.unswizzle(raw, *raw.shape)) > _padding(raw):
+            return False
         values = raw.float() if name == "mxfp8" else raw.view(torch.float8_e4m3fn).float().clamp(min=2**-9).log2()
         values = torch.nan_to_num(values)
         rows += _unexplained(values)
         tiled += _unexplained(ref.unswizzle(values, *values.shape))
     return rows < tiled * (1 - max(CLEARER, DEVIATIONS * math.sqrt(2 / count)))
+
+
+def _padding(scales: Tensor) -> int:
+    """How many scales lie in rows at the bottom, or columns at the right, that are zero throughout."""
+    rows, columns = scales.shape
+    used = scales.float() != 0
+    last = [(used.any(axis).nonzero().max().item() + 1) if used.any() else 0 for axis in (1, 0)]
+    return rows * columns - last[0] * last[1]
 
 
 def _unexplained(values: Tensor) -> float:
