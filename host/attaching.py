@@ -91,6 +91,7 @@ def attach_file(patcher, path: str, strength: float, schedule: Schedule | None =
     entry = _entry(patcher, file, tolerance, correction)
     rest: _Rest = entry.rest
     clone = patcher.clone()
+    clone.is_injected = False  # as it is by itself; the host copies it, and would inject the clone into a running model
     if entry.changes:
         stacking.attach(clone, entry, strength, schedule)
     notes, patched = [], ()

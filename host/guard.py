@@ -24,6 +24,7 @@ from safetensors import safe_open
 from ..injection import module_at
 from . import adapters, attaching, patchable, settings, stacking, wiring
 from .adapters import Patch
+from .carrying import names_only
 from .stacking import Entry, names_of
 
 log = logging.getLogger("tessera")
@@ -89,7 +90,8 @@ def _add_patches(patcher, original, *args, **kwargs):
     """As the host's, and with its result: the keys that were patched, beside their layers or not."""
     before, version = {key: len(patches) for key, patches in patcher.patches.items()}, patcher.patches_uuid
     with _ejected(patcher):
-        keys = original(*args, **kwargs)
+        with names_only():
+            keys = original(*args, **kwargs)
         new = [(key, patch) for key, patches in patcher.patches.items() for patch in patches[before.get(key, 0) :]]
         linear = [item for item in new if patchable.is_linear(patcher.model, item[0])]
         alone = {key for key, patch in linear if patch[2] != 1.0 or adapters.reshapes(patch[1])}
@@ -217,7 +219,7 @@ def _give_back(patcher, keys: set[str] | None = None, before: dict[str, int] | N
         items += [(rest, strength, schedule)] if rest is not None else []
     if not given:
         return
-    stacking._carry(patcher, items) if items else stacking._drop(patcher)
+    stacking.replace(patcher, items)
     patcher.patches_uuid = uuid.uuid4()
     log.info("Tessera: %d patches of ComfyUI's LoRA nodes are merged after all, as a node asks for the weights", given)
 

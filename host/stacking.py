@@ -116,7 +116,7 @@ def entries(patcher) -> list[Item]:
 def attach(patcher, entry: Entry, strength: float, schedule: Schedule | None = None) -> None:
     """Adds an entry to a patcher's stack, in place. No weight of the model changes, none is reloaded."""
     if strength != 0:  # at 0 the model stays itself, bit for bit
-        _carry(patcher, [*entries(patcher), (entry, float(strength), schedule)])
+        replace(patcher, [*entries(patcher), (entry, float(strength), schedule)])
 
 
 def summary(patcher, entry: Entry) -> list[tuple[Placed, Form]]:
@@ -124,9 +124,11 @@ def summary(patcher, entry: Entry) -> list[tuple[Placed, Form]]:
     return list(zip(entry.changes, _forms(patcher, entry), strict=True))
 
 
-def _carry(patcher, items: list[Item]) -> None:
-    """Gives a patcher that stack in the place of the one it has. Their order changes no bit."""
+def replace(patcher, items: list[Item]) -> None:
+    """Gives a patcher that stack in the place of the one it has; their order changes no bit. None: no stack."""
     _drop(patcher)
+    if not items:
+        return
     items.sort(key=lambda item: (str(item[0].identity), item[1], str(item[2])))
     made = _made(patcher, [item[0] for item in items])
     key, strengths = f"tessera.{uuid.uuid4().hex}", Strengths(strength for _, strength, _ in items)

@@ -276,3 +276,22 @@ def test_correction_helps_and_merging_harms(tiny):
         "merged": truth.velocities(merged),
     }.items()}  # fmt: skip
     assert mean["corrected"] < mean["quantized"] < mean["merged"]
+
+
+def test_another_lora_on_a_running_model_does_not_reach_it(model, tiny, pair, models):
+    """The host's clone of a loaded patcher says that it is injected, and is by any patch that the host adds to it."""
+    import comfy.model_management
+
+    norm = "diffusion_model.layers.0.attention_norm1"
+    save_file({f"{norm}.diff": torch.zeros(256)} | load_file(models / "loras" / tiny["lora"]),
+              models / "loras" / "with_norm.safetensors")  # fmt: skip
+    half = correct(model, tiny["lora"], 0.5)
+    comfy.model_management.load_models_gpu([half, *half.get_nested_additional_models()])
+    half.pre_run()
+    x = torch.randn(1, 7, 256, generator=torch.Generator().manual_seed(0))
+    before = half.model.get_submodule(LAYER)(x)
+    more = correct(half, "with_norm.safetensors", 1.0)
+    assert more.patches and torch.equal(half.model.get_submodule(LAYER)(x), before)
+    half.cleanup()
+    assert effect(more, model, pair) == pytest.approx(1.5, abs=3e-3)
+    assert effect(half, model, pair) == pytest.approx(0.5, abs=2e-3)
