@@ -3,6 +3,7 @@
     scripts/trust                   bad files by name, then 100,000 mutants: some minutes on two cores
     scripts/trust --cases 5000      less
     scripts/trust --seed 7          other mutants; case n of a seed is always the same
+    scripts/trust --points 20       fewer kill points of the writers; 200 otherwise
 
 Exits 1 on any crash, hang or silent wrong load. Such files are left in .cache/trust.
 """
@@ -63,14 +64,22 @@ def mutants(seed: int, cases: int, processes: int) -> tuple[str, bool]:
     return "\n".join([*lines, *findings[:20]]), not findings
 
 
+def writes(points: int, seed: int) -> tuple[str, bool]:
+    """What tests/trust_writes.py prints, a line for each promise."""
+    process = start("trust_writes.py", points, seed)
+    return process.communicate()[0].strip(), process.returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args()
     sound = True
-    for part in (bad_files, lambda: mutants(given.seed, given.cases, given.processes)):
+    for part in (bad_files, lambda: mutants(given.seed, given.cases, given.processes),
+                 lambda: writes(given.points, given.seed)):  # fmt: skip
         text, well = part()
         print(text, flush=True)
         sound &= well
