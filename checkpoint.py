@@ -230,9 +230,9 @@ class Checkpoint:
             mine = [
                 layer for layer in layers.values() if layer.format.name == name and not (layer.zero or layer.foreign)
             ]
-            scales = {layer.key: layer.sources["weight_scale"] for layer in mine}
-            fit = [key for key, source in scales.items() if foreign.same_storage(name, self.tensors[source])]
-            sample = [self._first_rows(scales[key]) for key in fit[:: max(1, len(fit) // 3)][:4]]
+            scales = [(layer.sources["weight_scale"], layer.shape) for layer in mine]
+            fit = [key for key, shape in scales if foreign.same_storage(name, self.tensors[key], shape)]
+            sample = [self._first_rows(key) for key in fit[:: max(1, len(fit) // 3)][:4]]
             if not sample or not foreign.by_row(sample, name):
                 continue
             for layer in mine:

@@ -97,9 +97,13 @@ def untiled(name: str, record: dict, marked: bool) -> Foreign:
     return Foreign(f"{name} with scales row by row", True, record if marked else {})
 
 
-def same_storage(name: str, scale: TensorSpec) -> bool:
-    """Whether the scales of a layer could lie in either order, as far as shapes tell, and are enough to decide."""
-    return name in TILED and len(scale.shape) == 2 and scale.shape[1] >= 8 and scale.numel >= ENOUGH
+def same_storage(name: str, scale: TensorSpec, shape: tuple[int, int]) -> bool:
+    """Whether the scales of a layer [out, in] could lie in either order, as far as shapes tell, and can decide it.
+
+    Only whole tiles: whoever pads scales to tiles also writes them in tiles.
+    """
+    whole = shape[0] % 128 == 0 and shape[1] % (4 * TILED[name][1]) == 0
+    return whole and len(scale.shape) == 2 and scale.shape[1] >= 8 and scale.numel >= ENOUGH
 
 
 def by_row(stored: list[Tensor], name: str) -> bool:
