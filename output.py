@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
-from .checkpoint import ABSORB, BRANCH, LAYER_ERRORS, PROVENANCE, QUANTIZATION_METADATA, Checkpoint
+from .checkpoint import ABSORB, BRANCH, LAYER_ERRORS, PROVENANCE, QUANTIZATION_METADATA, Checkpoint, read_header
 from .contents import LAYER_OUTPUTS, LORA_PREFIX, METADATA_SPARE, WARNING, Contents, lora_key, record
 from .formats import Plain, marker
 from .journal import Journal
@@ -176,9 +177,9 @@ class Output:
         return {n: e for n, e in said.items() if n not in self._contents.formats and source.quantized(n)}
 
 
-def pair_problem(model: Checkpoint, lora: Checkpoint) -> str | None:
-    """Why a correction LoRA is not that of this model; None if it is, or if the files do not say."""
-    said = [_provenance(file) for file in (model, lora)]
+def pair_problem(model: Path, lora: Path) -> str | None:
+    """Why a correction LoRA is not that of this model; None if it is, or if they do not say. Reads headers only."""
+    said = [_provenance(path) for path in (model, lora)]
     if None in said:
         return None
     ours, theirs = said
@@ -192,9 +193,9 @@ def pair_problem(model: Checkpoint, lora: Checkpoint) -> str | None:
     )
 
 
-def _provenance(file: Checkpoint) -> dict | None:
+def _provenance(path: Path) -> dict | None:
     try:
-        said = json.loads(file.metadata.get(PROVENANCE, "null"))
+        said = json.loads(read_header(path)[0].get(PROVENANCE, "null"))
     except (ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) else None

@@ -10,6 +10,7 @@ from .attaching import (
     coverage,
     lacks_branch,
     lora_beside,
+    mismatch,
     quantized_layers,
 )
 from .baking import bake_of
@@ -41,6 +42,6 @@ __all__ = [
     "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "bake_of",
     "calibration_of", "calibration_path", "calibrations", "clip_source", "compute_device", "coverage", "filenames",
     "full_path", "inspect", "lacks_branch", "listed_name", "load_clip", "load_diffusion_model", "lora_beside",
-    "make_room", "measure", "merged_hint", "model_source", "new_calibration_path", "new_recipe_path", "output_path",
-    "plan_text", "plans", "quantized_layers", "recipes_folder", "record", "say", "transcoded_folder",
+    "make_room", "measure", "merged_hint", "mismatch", "model_source", "new_calibration_path", "new_recipe_path",
+    "output_path", "plan_text", "plans", "quantized_layers", "recipes_folder", "record", "say", "transcoded_folder",
 ]  # fmt: skip

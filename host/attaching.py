@@ -17,6 +17,7 @@ from .. import lora
 from ..adapters import Change, Form, LoRA
 from ..checkpoint import BRANCH, read_header
 from ..injection import module_at
+from ..output import pair_problem
 from ..quantization.lowrank import LowRank
 from ..schedule import Schedule
 from . import stacking
@@ -273,6 +274,12 @@ def lora_beside(patcher) -> str | None:
     name = f"{path.stem}_lora.safetensors"
     beside = path.with_name(name)
     return str(beside) if beside.is_file() else folder_paths.get_full_path("loras", name)
+
+
+def mismatch(patcher, lora_path: str) -> str | None:
+    """Why a correction LoRA is not that of a MODEL's file; None if it is, or if the files do not say."""
+    path = _file_of(patcher)
+    return pair_problem(path, Path(lora_path)) if path is not None and path.suffix == ".safetensors" else None
 
 
 def _file_of(patcher) -> Path | None:

@@ -45,7 +45,8 @@ class CorrectionLoRA(io.ComfyNode):
             raise ValueError("no correction LoRA lies beside this checkpoint; choose one in lora_name, or quantize the "
                              "original with TesseraQuantize, which writes one")  # fmt: skip
         patched, attached = host.attach_lora(model, path, strength)
-        said = [host.coverage(model, attached), *filter(None, [host.merged_hint(model)])]
+        hints = [host.mismatch(model, path), host.merged_hint(model)]
+        said = [host.coverage(model, attached), *filter(None, hints)]
         for line in said:
             log.info("Tessera: %s", line)
         host.say(cls.hidden.unique_id, "\n".join(said))

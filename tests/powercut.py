@@ -170,7 +170,7 @@ class Cut:
         if self.found == "between":
             self.expect(found == (self.before[0], self.new[1]), "a new model is beside an old LoRA")
             if self.overwrite:
-                pair = [Checkpoint(self.folder / "out" / name) for name in (MODEL, LORA)]
+                pair = [self.folder / "out" / name for name in (MODEL, LORA)]
                 self.expect(output.pair_problem(*pair), "a LoRA of another job is not noticed")
 
 

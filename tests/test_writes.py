@@ -84,12 +84,12 @@ def test_a_pair_that_was_half_published_is_finished_by_the_next_job_there(old, n
     folder, _ = old
     with pytest.MonkeyPatch.context() as patch:
         half_published(folder, patch)
-    pair = [Checkpoint(folder / "out" / name) for name in (MODEL, LORA)]
+    pair = [folder / "out" / name for name in (MODEL, LORA)]
     assert "is the correction of another model.safetensors" in output.pair_problem(*pair)
     with pytest.raises(ValueError, match="already exists"):
         powercut.run(folder, seed=2, resume=resume)
     assert fingerprint(folder / "out") == new
-    assert output.pair_problem(*(Checkpoint(folder / "out" / name) for name in (MODEL, LORA))) is None
+    assert output.pair_problem(*(folder / "out" / name for name in (MODEL, LORA))) is None
 
 
 def half_published(folder, patch):
@@ -148,7 +148,7 @@ def test_whichever_call_the_disk_refuses_the_old_pair_stays_and_nothing_else(old
             except (ValueError, RuntimeError) as problem:
                 outcome = str(problem)
         where = f"{failing.calls[-1]}, call {number} of {len(disk.calls)}: {os.strerror(error)}: {outcome}"
-        assert output.pair_problem(*(Checkpoint(folder / "out" / name) for name in (MODEL, LORA))) is None, where
+        assert output.pair_problem(*(folder / "out" / name for name in (MODEL, LORA))) is None, where
         assert names(folder / "out") == [MODEL, LORA], where
         if fingerprint(folder) == before:
             continue
@@ -289,7 +289,7 @@ def test_jobs_with_one_target_leave_the_pair_of_one_of_them(folder, monkeypatch,
     for thread in threads:
         thread.join()
     assert names(folder / "out") == [MODEL, LORA]
-    assert output.pair_problem(*(Checkpoint(folder / "out" / name) for name in (MODEL, LORA))) is None
+    assert output.pair_problem(*(folder / "out" / name for name in (MODEL, LORA))) is None
     assert len(refused) == (0 if overwrite else 2) and all("already exists" in words for words in refused)
 
 
