@@ -218,6 +218,8 @@ class Checkpoint:
             check_extras(format, record, specs, shape)
         except ValueError as problem:
             raise ValueError(f"{self.path.name}: {key}: {escaped(str(problem))[:1000]}") from None
+        if zero and isinstance(format, formats.INT8):
+            format = replace(format, per_row=format.per_row and shape[0] > 1)  # a scale of one row is one scale
         if zero:
             self.repairs.append(f"{key}: all-zero weight with unusable scales")
         if isinstance(format, formats.INT8) and format.convrot and not format.per_row:

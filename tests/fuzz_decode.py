@@ -44,7 +44,7 @@ def weight(
         codes = codes.view(STORED[record["format"]])
     if scale.ndim == 1 and (codes.dtype == torch.uint8 or scale.dtype.itemsize == 1):
         scale = scale.reshape(-(-rows // 128) * 128, -1)  # tiles, flat
-    if "weight_scale_2" in part and codes.dtype in (torch.uint8, torch.int8):
+    if "weight_scale_2" in part:
         packed = codes.contiguous().view(torch.uint8).long()
         high, low = E2M1[packed >> 4], E2M1[packed & 15]
         values = torch.stack((low, high) if by_row else (high, low), -1).flatten(1)[:rows, :columns]
