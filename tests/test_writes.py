@@ -21,7 +21,7 @@ import test_baking
 from conftest import TESTS
 from failing import Disk
 from synthetic import fingerprint
-from tessera import calibration_file, journal, output, planning, publication, transcode
+from tessera import calibration_file, journal, output, planning, publication, repairing, transcode
 from tessera.checkpoint import Checkpoint
 from tessera.extraction import Extraction
 from tessera.formats import TensorSpec
@@ -415,6 +415,18 @@ def test_a_recipe_is_written_like_every_file_and_never_over_another(tmp_path, mo
     assert plan.save(tmp_path / "mine.toml").read_text() == "value = 1\n"
     with pytest.raises(ValueError, match="already exists"):
         plan.save(tmp_path / "mine.toml")
+
+
+def test_a_repaired_file_is_written_like_every_file(tmp_path):
+    source = TESTS / "golden" / "mislabel_nvfp4.safetensors"
+    with Disk()() as disk:
+        repairing.repair(source, tmp_path / "all.safetensors")
+    for number in range(1, len(disk.calls) + 1):
+        target = tmp_path / f"{number}.safetensors"
+        with Disk(number, errno.ENOSPC)(), contextlib.suppress(ValueError, RuntimeError):
+            repairing.repair(source, target)
+        assert not target.exists() or target.read_bytes() == (tmp_path / "all.safetensors").read_bytes()
+    assert all(name.endswith(".safetensors") for name in names(tmp_path))
 
 
 def test_a_bake_is_a_job_and_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
