@@ -150,10 +150,10 @@ def nvfp4_of_everything():
 
 
 def mxfp8_of_everything():
-    """8 * 254 rows, rows 8 b - 8 ... with exponent b; 32 columns, the 256 codes over 8 rows."""
+    """8 * 255 rows, rows 8 b ... with exponent b; 32 columns, the 256 codes over 8 rows."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(8, 32)
-    exponents = torch.arange(1, 255, dtype=torch.uint8).repeat_interleave(8).reshape(-1, 1)
-    return Quantized(codes.view(torch.uint8).repeat(254, 1).view(torch.float8_e4m3fn), block_scale=exponents)
+    exponents = torch.arange(255, dtype=torch.uint8).repeat_interleave(8).reshape(-1, 1)
+    return Quantized(codes.view(torch.uint8).repeat(255, 1).view(torch.float8_e4m3fn), block_scale=exponents)
 
 
 EVERYTHING = {"nvfp4": (NVFP4(), nvfp4_of_everything()), "mxfp8": (MXFP8(), mxfp8_of_everything())}
@@ -167,7 +167,7 @@ def product(format, quantized):
         scales = fp8_values(torch.float8_e4m3fn)[quantized.block_scale.view(torch.uint8).long()] * 0.25
     else:
         values = fp8_values(torch.float8_e4m3fn)[quantized.qdata.view(torch.uint8).long()]
-        scales = torch.exp2(quantized.block_scale.double() - 127)
+        scales = torch.exp2(quantized.block_scale.double() - 127) * (quantized.block_scale != 0)
     return (values.double() * scales.double()).float()
 
 
