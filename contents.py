@@ -21,7 +21,7 @@ LAYER_OUTPUTS, WARNING = "tessera_outputs", "tessera_warning"  # metadata keys
 METADATA_SPARE = 1 << 16  # bytes kept in the header for what is known only at the end
 METADATA_PER_LAYER = 480
 QUANT_SUFFIXES = ("comfy_quant", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale",
-                  "scale_weight", "scale_input", *BRANCH)  # fmt: skip
+                  "scale_weight", "scale_input", "weight_scalar", *BRANCH)  # fmt: skip
 ADDED = ("input_scale", "pre_quant_scale", *BRANCH)  # entries that a layer may have besides its format's
 BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

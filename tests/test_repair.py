@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from tessera import cli, formats, lora, repairing
 from tessera.checkpoint import Checkpoint
 from tessera.formats import Quantized
+from tessera.job import Job
 from tessera.kernels import reference as ref
+from tessera.quantization import recipe
 from tessera.quantization.metrics import relative_error
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -361,3 +363,37 @@ def test_inspect_writes_the_repaired_file(path, capsys):
     said = capsys.readouterr().out
     assert "repaired on reading: legacy scaled_fp8 file" in said and f"wrote {path}: 1 repairs" in said
     assert Checkpoint(path).repairs == []
+
+
+def test_a_weight_s_rel_makes_a_layer_asymmetric_w4a8(path):
+    """Which only ComfyUI reads: it gets the layer as it is."""
+    tensors = {"a.weight": torch.zeros(32, 32, dtype=torch.int8), "a.weight_s_rel": torch.ones(32, 4),
+               "a.weight_s_channel": torch.ones(32)}  # fmt: skip
+    for record in (None, {"group_size": 16}):
+        marker = {} if record is None else {"a.comfy_quant": formats.marker(record)}
+        save_file(tensors | marker, path)
+        file = Checkpoint(path)
+        assert file.opaque["a"]["format"] == "asym_w4a8_int8" and file.layers == {} and file.repairs
+
+
+@pytest.mark.parametrize("name", ["int8_blockwise", "hybrid_mxfp8", "mxfp8 with scales row by row",
+                                  "ModelOpt nvfp4 without comfy_quant, scales row by row"])  # fmt: skip
+def test_a_job_takes_such_layers_and_keeps_such_layers(path, name):
+    """`a` is kept as it is, `b` is quantized anew from what the file says."""
+    build(path, REPAIRS[name])
+    metadata = {}
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    tensors |= {key.replace("a.", "b.", 1): tensor.clone() for key, tensor in tensors.items() if key.startswith("a.")}
+    if RECORDS in metadata:
+        record = json.loads(metadata[RECORDS])["layers"]["a"]
+        metadata[RECORDS] = json.dumps({"layers": {"a": record, "b": record}})
+    save_file(tensors, path, metadata=metadata)
+    source = Checkpoint(path)
+    rules = (recipe.Rule(formats.parse("int8_row"), ("b",), "test"),)
+    Job(source, path.with_name("made.safetensors"), recipe.Recipe("r", "", rules), rank=0).run()
+    made = Checkpoint(path.with_name("made.safetensors"))
+    assert torch.equal(made.weight("a", source.layers["a"].shape), source.weight("a"))
+    assert relative_error(made.weight("b"), source.weight("b")) < 0.012 and made.layers["b"].format.label == "int8_row"
+    assert not {"b.weight_scalar", "b.weight_scale_2"} & made.tensors.keys()
