@@ -229,11 +229,10 @@ class Checkpoint:
     def _with_order(self, layers: dict[str, Layer], unmarked: set[str]) -> dict[str, Layer]:
         """The layers, those of a block format marked as foreign whose scales turn out to lie row by row."""
         for name in foreign.TILED:
-            mine = [
-                layer for layer in layers.values() if layer.format.name == name and not (layer.zero or layer.foreign)
-            ]
-            scales = [(layer.sources["weight_scale"], layer.shape) for layer in mine]
-            fit = [key for key, shape in scales if foreign.same_storage(name, self.tensors[key], shape)]
+            native = [x for x in layers.values() if x.format.name == name and not (x.zero or x.foreign)]
+            mine = [layer for layer in native if foreign.either(name, layer.shape)]
+            scales = [layer.sources["weight_scale"] for layer in mine]
+            fit = [key for key in scales if foreign.enough(self.tensors[key])]
             sample = [self._first_rows(key) for key in fit[:: max(1, len(fit) // 3)][:4]]
             if not sample or not foreign.by_row(sample, name):
                 continue

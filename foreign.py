@@ -31,6 +31,7 @@ SCALED = {
 TILED = {"nvfp4": (NVFP4, 16), "mxfp8": (MXFP8, 32)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SAMPLE = 512  # rows of block scales that are looked at: whole tiles, which both orders keep in the same bytes
+WIDEST = 8192  # block scales of one row: in_features of 131,072
 ENOUGH = 2048  # scales, to tell one order from the other
 CLEARER = 0.03  # by how much the right order must leave less unexplained, and by how many standard deviations
 DEVIATIONS = 8.0
@@ -97,13 +98,17 @@ def untiled(name: str, record: dict, marked: bool) -> Foreign:
     return Foreign(f"{name} with scales row by row", True, record if marked else {})
 
 
-def same_storage(name: str, scale: TensorSpec, shape: tuple[int, int]) -> bool:
-    """Whether the scales of a layer [out, in] could lie in either order, as far as shapes tell, and can decide it.
+def either(name: str, shape: tuple[int, int]) -> bool:
+    """Whether the scales of a layer [out, in] have one shape in either order.
 
-    Only whole tiles: whoever pads scales to tiles also writes them in tiles.
+    Only where they are whole tiles: whoever pads scales to tiles also writes them in tiles.
     """
-    whole = shape[0] % 128 == 0 and shape[1] % (4 * TILED[name][1]) == 0
-    return whole and len(scale.shape) == 2 and scale.shape[1] >= 8 and scale.numel >= ENOUGH
+    return shape[0] % 128 == 0 and shape[1] % (4 * TILED[name][1]) == 0
+
+
+def enough(scale: TensorSpec) -> bool:
+    """Whether block scales [rows, columns] can tell their order, and are not too many to look at in an instant."""
+    return len(scale.shape) == 2 and 8 <= scale.shape[1] <= WIDEST and scale.numel >= ENOUGH
 
 
 def by_row(stored: list[Tensor], name: str) -> bool:
