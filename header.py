@@ -72,7 +72,10 @@ def parse(text: str) -> object:
     """JSON in which no object has a key twice, and numbers are numbers. Raises ValueError."""
     tree = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     if "\\ud" in text or "\\uD" in text:  # half a character, which no other parser takes
-        json.dumps(tree, ensure_ascii=False).encode()
+        try:
+            json.dumps(tree, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a Unicode character") from None
     return tree
 
 

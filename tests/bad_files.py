@@ -133,8 +133,8 @@ BAD: dict[str, Bad] = {
     "metadata holds a number": Bad(file({"__metadata__": {"a": 1}}), "__metadata__ is not"),
     "metadata holds null": Bad(file({"__metadata__": {"a": None}}), "__metadata__ is not"),
     "metadata holds an object": Bad(file({"__metadata__": {"a": {}}}), "__metadata__ is not"),
-    "metadata with half a character": Bad(file({"__metadata__": {"a": "\ud800"}}), "__metadata__ is not Unicode"),
-    "metadata key with half a character": Bad(file({"__metadata__": {"\udfff": "a"}}), "__metadata__ is not Unicode"),
+    "metadata with half a character": Bad(file({"__metadata__": {"a": "\ud800"}}), "header is not JSON .half a Unicode character"),
+    "metadata key with half a character": Bad(file({"__metadata__": {"\udfff": "a"}}), "header is not JSON .half a Unicode character"),
     # ---- the bytes of the file
     "a byte missing": Bad(file({"a": F32}, bytes(7)), "file has .* bytes, its header describes"),
     "all bytes missing": Bad(file({"a": F32}), "file has .* bytes, its header describes"),
@@ -177,11 +177,12 @@ BAD: dict[str, Bad] = {
     **{f"name with {what}": Bad(named(name), f"a name with {STRANGE}") for what, name in {
         "a newline": "a\nERROR tessera: all is well", "a carriage return": "a\rb", "a tab": "a\tb", "a zero": "a\0b",
         "an escape sequence": "a\x1b[31mb", "a deletion": "a\x7fb", "a control character of Latin-1": "a\x9bb",
-        "turned text": "a\u202eb", "a line separator": "a\u2028b", "half a character": "a\ud800",
+        "turned text": "a\u202eb", "a line separator": "a\u2028b",
         "a script": "<script>alert(1)</script>.weight", "an image": "a.<img src=x onerror=alert(1)>.weight",
         "an end tag": "a</pre>.weight", "a comment": "<!-- a", "the folder above": "../../etc/passwd",
         "the folder above, Windows": "..\\..\\windows\\system.ini", "the folder above inside": "a/../../b",
         "nothing but the folder above": ".."}.items()},
+    "name with half a character": Bad(named("a\ud800"), "header is not JSON .half a Unicode character"),
     "strange name of an empty tensor": Bad(file({"<b>": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}), STRANGE),
 }  # fmt: skip
 
