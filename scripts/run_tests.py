@@ -1,4 +1,8 @@
-"""pytest, which in CI fails for every test that was skipped, unless it is one that needs a GPU or a CPU with VNNI."""
+"""pytest, which in CI fails for every test that was skipped, unless it is one that needs a GPU or a CPU with VNNI.
+
+Without arguments a process for every core, each with whole files of tests: most of the time goes into small models,
+which one thread runs as fast as several.
+"""
 
 import os
 import sys
@@ -30,6 +34,15 @@ class NoSilentSkips:
             terminalreporter.write_line(f"skipped, which CI does not allow: {name}", red=True)
 
 
+def everything(cores):
+    """Arguments for the whole suite."""
+    workers = max(1, min(cores, 4))  # each starts a ComfyUI of its own: 1 GB
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    return ["-rs", "-n", str(workers), "--dist", "loadfile"] if workers > 1 else ["-rs"]
+
+
 if __name__ == "__main__":
     plugins = [NoSilentSkips()] if os.environ.get("CI") == "true" else []
-    sys.exit(pytest.main(sys.argv[1:], plugins))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    arguments = ["-rs", *sys.argv[1:]] if sys.argv[1:] else everything(cores)
+    sys.exit(pytest.main(arguments, plugins))
