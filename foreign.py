@@ -80,6 +80,9 @@ def recognise(record: dict, specs: Mapping[str, TensorSpec], marked: bool) -> tu
     if name in SCALED:
         full = bool(record.get("full_precision_matrix_mult", False))
         _check_scaled(name, record, weight, scale)
+        nested = record.get("params")
+        if record.get("convrot") or (isinstance(nested, dict) and nested.get("convrot")):
+            raise ValueError(f"{name} with convrot, which no tool writes; re-quantize from the original")
         return Foreign(name, False, record), INT8(full_precision_matrix_mult=full, per_row=True)
     if name in TILED and _in_rows(name, weight, scale):
         tensor_scale = specs.get("weight_scale_2")

@@ -80,7 +80,7 @@ def layer_sources(key: str, tensors: Mapping[str, TensorSpec]) -> dict[str, str]
 def check_record(record: dict) -> None:
     """Raises ValueError for a switch that is neither on nor off."""
     for name in ("full_precision_matrix_mult", "convrot", "per_row"):
-        if name in record and not isinstance(record[name], bool | int | None):
+        if name in record and record[name] not in (True, False, None):  # 0 and 1 are these, too
             raise ValueError(f"{name} is {shown(repr(record[name])[:80])}, neither true nor false; {DAMAGED}")
 
 

@@ -258,7 +258,10 @@ BAD |= {
         "a: .*group") for value in (0, 1, 2, 3, -4, 8, 12, 32, 128, 512, 256, 1 << 40, 4.0, "64", None, [64], True)},
     **{f"{key} is {value!r}": Bad(layer("int8_row", record({"format": "int8_tensorwise", key: value})),
                                   f"a: {key} is .*, neither true nor false; file damaged")
-       for key in ("convrot", "full_precision_matrix_mult") for value in ("yes", [], {"a": 1}, 0.5)},
+       for key in ("convrot", "full_precision_matrix_mult") for value in ("yes", [], {"a": 1}, 0.5, 64)},
+    "int8_blockwise that says it is rotated": Bad(layer("int8", lambda t: (
+        put("weight_scale", torch.ones(3, 4))(t), record({"format": "int8_blockwise", "convrot": True})(t))),
+        "a: int8_blockwise with convrot, which no tool writes; re-quantize"),
     # ---- the header's records
     **{f"header records are {what}": Bad(layer("nvfp4", metadata={META: text}), NO_LAYERS) for what, text in {
         "empty": "", "no JSON": "{", "a list": "[]", "without layers": "{}", "null": "null", "a number": "7",
