@@ -10,7 +10,6 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.model_patcher
 import folder_paths
-import torch
 from torch import Tensor, nn
 
 from .. import lora
@@ -21,6 +20,7 @@ from ..output import pair_problem
 from ..quantization.lowrank import LowRank
 from ..schedule import Schedule
 from . import stacking
+from .adapters import row_order
 from .carrying import names_only
 from .stacking import Entry, Placed, names_of
 
@@ -187,13 +187,6 @@ def _target(model: nn.Module, said) -> Target:
         return Target(key, None, rows, said)
     order = None if function is None else row_order(function, rows[1] if rows else module_at(model, path).out_features)
     return Target(key, path if function is None or order is not None else None, rows, said, order)
-
-
-def row_order(function, count: int) -> Tensor | None:
-    """Where a function of the host's takes each of that many rows from; None if it does anything else to a weight."""
-    rows = torch.arange(count, dtype=torch.float64).unsqueeze(1)
-    moved = function(rows.clone())
-    return moved[:, 0].long() if moved.shape == rows.shape and torch.equal(moved.sort(0).values, rows) else None
 
 
 def _is_linear(model: nn.Module, path: str) -> bool:
