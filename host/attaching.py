@@ -202,7 +202,10 @@ def attach_lora(patcher, path: str, strength: float) -> tuple[comfy.model_patche
 
     Raises ValueError if no key of the file fits the model, or a pair does not fit its layer.
     """
-    return attach_file(patcher, path, strength, correction=True)
+    try:
+        return attach_file(patcher, path, strength, correction=True)
+    except NothingFits as problem:  # ComfyUI shows the path of any type that is not Python's own
+        raise ValueError(str(problem)) from None
 
 
 def attach_own(patcher, file: str, pairs: dict[str, LowRank]) -> None:

@@ -164,7 +164,7 @@ def _attach_line(model, clip, line, schedule, tolerance):
             clip = clip.clone()
             clip.patcher = patcher
     if misfit is not None and on_clip is None:
-        raise misfit
+        raise ValueError(str(misfit))  # ComfyUI shows the path of any type that is not Python's own
     asked = clip is None or line.strength_clip != 0  # else what fits neither is not known
     return model, clip, _texts(on_model, on_clip, asked)
 
