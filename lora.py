@@ -197,8 +197,8 @@ def strip_repeated_prefix(base: str) -> str:
 
 
 def _no_pair(file: str, key: str, found: str) -> ValueError:
-    return ValueError(f"{file}: {key}: {found}; only plain low-rank LoRAs can ride beside a weight, use ComfyUI's "
-                      "LoraLoaderModelOnly for this file")  # fmt: skip
+    return ValueError(f"{file}: {key}: {found}; a correction LoRA is plain low-rank pairs: for any other LoRA take "
+                      "Load LoRA (Tessera) or tessera bake --lora")  # fmt: skip
 
 
 def _pair(file: str, base: str, found: dict[str, torch.Tensor]) -> LowRank:
@@ -210,7 +210,7 @@ def _pair(file: str, base: str, found: dict[str, torch.Tensor]) -> LowRank:
     up, down = found["up"], found["down"]
     if up.ndim != 2 or down.ndim != 2 or not up.shape[1] == down.shape[0] > 0:
         raise ValueError(f"{file}: {base}: up {list(up.shape)} and down {list(down.shape)} are no [out, r] and "
-                         "[r, in]; use ComfyUI's LoraLoaderModelOnly for this file")  # fmt: skip
+                         "[r, in]; for a LoRA of convolutions take Load LoRA (Tessera)")  # fmt: skip
     if "alpha" in found and found["alpha"].numel() != 1:
         raise ValueError(f"{file}: {base}: alpha is {list(found['alpha'].shape)}, not one number; repair the file")
     bias = found.get("bias")

@@ -318,7 +318,7 @@ BAD = {  # what is wrong: (what makes it so, the command, what the line says)
     "LoRA of another size": (small_lora, VERIFY,
                              rf"{FILE}: {LAYER}: the LoRA is \[8, 8\], the layer \[96, 128\]; .*another model"),
     "no LoRA": (lambda folder: save(folder / "bad.safetensors", block()), VERIFY,
-                rf"{FILE}: .*: not a LoRA tensor; .*LoraLoader"),
+                rf"{FILE}: .*: not a LoRA tensor; .*Load LoRA"),
     "output = input": (None, "quantize source.safetensors -o source.safetensors --recipe mine.toml --overwrite",
                        r"source\.safetensors: source, target and LoRA must be different files; choose another name"),
     "output exists": (None, "quantize source.safetensors -o done.safetensors --recipe mine.toml --seed 1",
