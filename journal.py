@@ -17,6 +17,7 @@ from .publication import disk_errors, folder_errors, hidden, old, publish_togeth
 from .writer import Writer
 
 INTERVAL = 1.0  # seconds of work that a crash may cost, at most, besides the layer in hand
+GLANCE = 2.0  # seconds that another job may hold a journal just to read it
 VERIFIED = "verified"  # key of the last record: every file is on disk, complete, and was read again
 
 
@@ -41,7 +42,13 @@ class Journal:
     def __enter__(self) -> Journal:
         settle(self.target)
         self._file, mine = _locked(self.path)
+        patience = time.monotonic() + GLANCE
+        while mine is False and time.monotonic() < patience:  # another job may only be looking whether it is alive
+            self._file.close()
+            time.sleep(0.05)
+            self._file, mine = _locked(self.path)
         if mine is False:
+            self._file.close()
             raise ValueError(f"{self.target}: another process is making this very file; wait for it, or choose "
                              "another name")  # fmt: skip
         remove_leftovers(self.target, self.token)
@@ -138,9 +145,9 @@ def settle(target: Path, mine: str | None = None) -> list[str]:
     for journal in _journals(target):
         if _token(journal) == mine:
             continue
-        file, mine = _locked(journal)
+        file, ours = _locked(journal)
         with file:
-            lines = _lines(file) if mine else []
+            lines = _lines(file) if ours else []
             files, token = _files(lines), _token(journal)
             states = _states(files, token, lines[-1][0]) if files else [None]
             if None in states or NAMED not in states:

@@ -27,6 +27,7 @@ from .stacking import Entry, Placed, names_of
 TRUNK = "diffusion_model."
 TEXT_KEYS = ("lora_te", "text_encoder", "lora_prior_te", "lycoris_text_encoder")  # of LoRAs for both
 OTHER = "it was made for another model"
+UNREACHED = "ComfyUI does not patch parameters that stand beside modules"
 
 
 class NothingFits(ValueError):
@@ -95,13 +96,15 @@ def attach_file(patcher, path: str, strength: float, schedule: Schedule | None =
     clone.is_injected = False  # as it is by itself; the host copies it, and would inject the clone into a running model
     if entry.changes:
         stacking.attach(clone, entry, strength, schedule)
-    notes, patched = [], ()
+    notes, patched, ignored = [], (), rest.ignored
     if rest.raw and strength != 0:
-        patched = tuple(_patch(clone, rest, strength))
+        keys = _patch(clone, rest, strength)
+        patched = tuple(key for key in keys if _reached(clone, key))
+        ignored += tuple((key, UNREACHED) for key in keys if key not in patched)
         notes += ["what ComfyUI patches has its full strength all the time"] if schedule is not None else []
     notes += [f"strength moves: {schedule}"] if schedule is not None else []
     forms = stacking.summary(patcher, entry) if entry.changes else []
-    return clone, Attached(file.name, forms, patched, rest.unmatched, rest.ignored, tuple(notes))
+    return clone, Attached(file.name, forms, patched, rest.unmatched, ignored, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,14 @@ def _patch(clone, rest: _Rest, strength: float) -> list[str]:
     tensors = {key: tensor for found in rest.raw.values() for key, tensor in found.items()}
     loaded = comfy.lora.load_lora(tensors, rest.spots, log_missing=False)
     return [str(key) for key in clone.add_patches(loaded, strength)]
+
+
+def _reached(patcher, key: str) -> bool:
+    """Whether the host applies patches of a parameter: without dynamic VRAM it passes those by that stand beside
+    modules with parameters (`_load_list`, 0.27 to 0.33), as Z-Image's pad tokens do."""
+    owner = module_at(patcher.model, key.rpartition(".")[0])
+    inner = any(True for child in owner.children() for _ in child.parameters())
+    return not inner or (hasattr(patcher, "is_dynamic") and patcher.is_dynamic())
 
 
 def targets(patcher) -> dict[str, Target]:

@@ -295,3 +295,23 @@ def test_another_lora_on_a_running_model_does_not_reach_it(model, tiny, pair, mo
     half.cleanup()
     assert effect(more, model, pair) == pytest.approx(1.5, abs=3e-3)
     assert effect(half, model, pair) == pytest.approx(0.5, abs=2e-3)
+
+
+def test_a_parameter_that_the_host_does_not_patch_is_not_called_patched(model, models):
+    """Z-Image's pad tokens stand beside modules; the host takes their patches and passes them by."""
+    import comfy.model_management
+
+    from tessera import host
+
+    token, norm = "diffusion_model.x_pad_token", "diffusion_model.layers.0.attention_norm1"
+    save_file({f"{token}.diff": torch.ones(1, 256), f"{norm}.diff": torch.ones(256)},
+              models / "loras" / "token.safetensors")  # fmt: skip
+    before = {key: model.model.state_dict()[key].float() for key in (token, f"{norm}.weight")}
+    patched, attached = host.attach_file(model, str(models / "loras" / "token.safetensors"), 1.0)
+    assert attached.patched == (f"{norm}.weight",) and attached.ignored[0][0] == token
+    assert "1 ignored: ComfyUI does not patch parameters that stand beside modules" in attached.text
+    comfy.model_management.load_models_gpu([patched])
+    after = patched.model.state_dict()
+    assert torch.equal(after[token].float(), before[token])
+    assert relative(after[f"{norm}.weight"], before[f"{norm}.weight"] + 1) < 0.01
+    patched.detach()
