@@ -18,6 +18,7 @@ from .adapters import Change, Difference, Replacement
 from .matching import Names, Place
 from .quantization.lowrank import LowRank
 from .source import Source
+from .words import first_of
 
 Edit = Callable[[Tensor], Tensor]
 """A tensor in fp32 -> what becomes of it: for changes that only a host can compute."""
@@ -73,8 +74,8 @@ def read(path: Path, strength: float, source: Source, skip_unmatched: bool = Fal
     if unmatched and not (parts and skip_unmatched):
         leave = "; --skip-unmatched leaves them out" if parts else "; it was made for another model"
         raise ValueError(f"{path.name}: {len(unmatched)} of {len(file.changes)} keys fit nothing in {source.name}"
-                         f"{leave}: {listed(unmatched)}")  # fmt: skip
-    notes = [f"{path.name}: left out, as they fit nothing: {listed(unmatched)}"] if unmatched else []
+                         f"{leave}: {first_of(unmatched, SHOWN)}")  # fmt: skip
+    notes = [f"{path.name}: left out, as they fit nothing: {first_of(unmatched, SHOWN)}"] if unmatched else []
     for reason, count in Counter(file.ignored.values()).items():
         first = next(key for key, why in file.ignored.items() if why == reason)
         notes.append(f"{path.name}: {count} keys ignored (first: {first}): {reason}")
@@ -84,10 +85,6 @@ def read(path: Path, strength: float, source: Source, skip_unmatched: bool = Fal
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def listed(keys: list[str]) -> str:
-    return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
 
 
 class BakedSource:

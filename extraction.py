@@ -17,7 +17,7 @@ from . import checks
 from .checkpoint import LAYER_ERRORS, PROVENANCE, Checkpoint
 from .comparison import TEXT_ENCODERS, Comparison, Side, module
 from .contents import METADATA_SPARE
-from .extraction_report import ExtractedLayer, ExtractionReport, listed
+from .extraction_report import ExtractedLayer, ExtractionReport
 from .formats import TensorSpec
 from .journal import Journal
 from .progress import Step
@@ -28,6 +28,7 @@ from .quantization.difference import Difference, Wish
 from .quantization.moment import Moment
 from .source import Digest
 from .version import VERSION
+from .words import first_of
 from .writer import Writer, check_target
 
 METADATA_PER_LAYER = 96
@@ -114,7 +115,7 @@ class Extraction:
         owners = {name: name.rpartition(".")[0] for name in names if module(name) == name}
         found = [name for name, owner in owners.items() if self.comparison.base.has_submodules(owner)]
         said = "written, but ComfyUI applies no LoRA to parameters beside submodules"
-        return [f"{listed(found)}: {said}"] if found else []
+        return [f"{first_of(found)}: {said}"] if found else []
 
     def _specs(self) -> dict[str, TensorSpec]:
         """Every tensor that the file may get, as large as it may be."""
@@ -252,7 +253,7 @@ class _Run:
             raise ValueError(f"{self.job.tuned.name}: {name}: in_features {shape[1]}, its statistics have "
                              f"{statistics.in_features}; they belong to another model")  # fmt: skip
         statistics = statistics.to(self.job.device)
-        moment = pipeline._moment(statistics, biased, notes)
+        moment = pipeline.moment_of(statistics, biased, notes)
         return moment, statistics.mean if biased and moment is not None else None
 
     def plain(self, name: str, shape: tuple[int, ...]) -> Tensor | None:

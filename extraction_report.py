@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from .quantization.report import size
-
-LISTED = 3  # names of a list that are told
+from .words import first_of
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,14 @@ class ExtractionReport:
         """Adds what one should know of the finished file."""
         if self.correction and self.vectors:
             self.warnings.append(
-                f"{listed(self.vectors)}: plain differences, which Error-Correction LoRA (Tessera) does not take; load "
-                "this file with LoRA (Tessera), or extract with a pattern of layers that leaves them out")  # fmt: skip
+                f"{first_of(self.vectors)}: plain differences, which ComfyUI patches into the model beside the "
+                "correction; tessera verify and tessera bake take pairs only: for those extract with a pattern of "
+                "layers that leaves them out")  # fmt: skip
         short = [row.name for row in self.layers if self.tolerance is not None and row.loss > self.tolerance]
         if short:
-            self.warnings.append(f"{listed(short)}: more than {self.tolerance:g} is lost at the highest rank allowed")
+            self.warnings.append(f"{first_of(short)}: more than {self.tolerance:g} is lost at the highest rank allowed")
         for note in dict.fromkeys(note for row in self.layers for note in row.notes):
-            self.warnings.append(f"{listed(row.name for row in self.layers if note in row.notes)}: {note}")
+            self.warnings.append(f"{first_of(row.name for row in self.layers if note in row.notes)}: {note}")
 
     def summary(self) -> list[str]:
         """The totals as a few lines of plain text."""
@@ -80,10 +80,10 @@ class ExtractionReport:
             if known:
                 lines.append(f"mean output error of {len(known)} calibrated layers: {_change(known, 'output_error')}")
         if self.vectors:
-            lines.append(f"plain differences: {listed(self.vectors)}")
+            lines.append(f"plain differences: {first_of(self.vectors)}")
         if self.equal:
             lines.append(f"{self.equal} tensors are equal and left out")
-        return lines + [f"left out, {why}: {listed(names)}" for why, names in self._reasons().items()]
+        return lines + [f"left out, {why}: {first_of(names)}" for why, names in self._reasons().items()]
 
     def markdown(self) -> str:
         """Totals, warnings and one table row per layer."""
@@ -117,13 +117,6 @@ def _change(rows: list[ExtractedLayer], kind: str) -> str:
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names of a list in words."""
-    names = list(names)
-    more = f" and {len(names) - LISTED} more" if names[LISTED:] else ""
-    return f"{', '.join(names[:LISTED])}{more}"
 
 
 def _row(cells: list[str], space: str = " ") -> str:

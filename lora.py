@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adapters import parts as adapter_parts
-from .adapters.kinds import Change
+from .adapters.base import Change
 from .checkpoint import PREFIXES, Checkpoint, read_header
 from .formats import TensorSpec
 from .quantization.lowrank import LowRank

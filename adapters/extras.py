@@ -22,9 +22,6 @@ class Extra(nn.Module):
     needs_base: bool = False
     fixed: bool = False  # the same at any strength
 
-    def forward(self, x: Tensor, base: Tensor | None, strength: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class Dense(Extra):
     """strength * D x of a full difference [out, in]; with `fixed` V x - base: another weight V in the layer's place."""

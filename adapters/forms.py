@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..quantization.lowrank import LowRank, reduce, rounded
+from .base import Adapter, Change
 from .extras import Butterfly, Dense, Extra, Kronecker, Rotation, RowScale
-from .kinds import Adapter, Change, Difference, DoRA, GLoRA, LoHa, LoKr, LoRA, Replacement
+from .kinds import Difference, DoRA, GLoRA, LoHa, LoKr, LoRA, Replacement
 from .rotations import BOFT, OFT
 
 SMALL_RANK = 64  # up to which a product of ranks is written out as a pair: it then shares the layer's one product
@@ -68,9 +69,7 @@ def form(change: Change, shape: tuple[int, int], weight: Callable[[], Tensor], t
     difference's norm; 0 means none. `device` is where large products are made. Raises ValueError if the change does not
     fit the layer.
     """
-    change.check(shape)
-    if change.reshape is not None and tuple(change.reshape) != tuple(shape):
-        raise ValueError(f"it makes the layer {list(change.reshape)} out of {list(shape)}, which no branch can")
+    change.check_beside(shape)
     layer = _Layer(weight, tolerance, device)
     parts = _Parts() if change.adapter is None else _parts(change.adapter, layer)
     return Form(parts.pair, parts.extras, change.kind, parts.how, parts.loss, change.bias)

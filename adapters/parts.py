@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .kinds import Adapter, Change, Difference, DoRA, GLoRA, LoHa, LoKr, LoRA, Replacement
+from .base import Adapter, Change
+from .kinds import Difference, DoRA, GLoRA, LoHa, LoKr, LoRA, Replacement
 from .rotations import BOFT, OFT
 
 _FACTOR = re.compile(  # kohya, PEFT; diffusers, transformers

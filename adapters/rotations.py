@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .kinds import Adapter, fp32
+from .base import Adapter, fp32
 
 
 @dataclass(frozen=True, eq=False)

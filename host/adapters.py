@@ -36,9 +36,7 @@ def place(patch: Patch, layer: str, part: str, module: nn.Module) -> Placed | st
         length = out if rows is None else rows[1]
         adapter, reshape = _adapter(value)
         change = Change(adapter, reshape=reshape)
-        change.check((length, columns))
-        if reshape is not None and reshape != (length, columns):
-            raise ValueError(f"it makes the layer {list(reshape)} out of {[length, columns]}")
+        change.check_beside((length, columns))
         order = None if function is None or isinstance(adapter, Replacement) else _order(function, length, adapter)
     except ValueError as reason:
         return str(reason)

@@ -19,10 +19,11 @@ from ..injection import module_at
 from ..output import pair_problem
 from ..quantization.lowrank import LowRank
 from ..schedule import Schedule
+from ..words import first_of
 from . import stacking
 from .adapters import row_order
 from .carrying import names_only
-from .stacking import Entry, Placed, names_of
+from .stacking import Entry, Placed
 
 TRUNK = "diffusion_model."
 TEXT_KEYS = ("lora_te", "text_encoder", "lora_prior_te", "lycoris_text_encoder")  # of LoRAs for both
@@ -72,13 +73,13 @@ class Attached:
                 placed, worst = max(some, key=lambda pair: pair[1].loss)
                 lines.append(f"{len(some)} {what}: {placed.layer} {worst.how}")
         if self.patched:
-            lines.append(f"{len(self.patched)} patched by ComfyUI, not being linear layers ({names_of(self.patched)})")
+            lines.append(f"{len(self.patched)} patched by ComfyUI, not being linear layers ({first_of(self.patched)})")
         if self.unmatched:
-            lines.append(f"{len(self.unmatched)} keys fit no layer ({names_of(self.unmatched)})")
+            lines.append(f"{len(self.unmatched)} keys fit no layer ({first_of(self.unmatched)})")
         reasons: dict[str, list[str]] = {}
         for key, why in self.ignored:
             reasons.setdefault(why, []).append(key)
-        lines += [f"{len(keys)} ignored: {why} ({names_of(keys)})" for why, keys in reasons.items()]
+        lines += [f"{len(keys)} ignored: {why} ({first_of(keys)})" for why, keys in reasons.items()]
         return "; ".join([*lines, *self.notes])
 
 
@@ -91,33 +92,32 @@ def attach_file(patcher, path: str, strength: float, schedule: Schedule | None =
     """
     file = Path(path)
     entry = _entry(patcher, file, tolerance, correction)
-    rest: _Rest = entry.rest
     clone = patcher.clone()
     clone.is_injected = False  # as it is by itself; the host copies it, and would inject the clone into a running model
     if entry.changes:
         stacking.attach(clone, entry, strength, schedule)
-    notes, patched, ignored = [], (), rest.ignored
-    if rest.raw and strength != 0:
-        keys = _patch(clone, rest, strength)
+    notes, patched, ignored = [], (), entry.ignored
+    if entry.raw and strength != 0:
+        keys = _patch(clone, entry, strength)
         patched = tuple(key for key in keys if _reached(clone, key))
         ignored += tuple((key, UNREACHED) for key in keys if key not in patched)
         notes += ["what ComfyUI patches has its full strength all the time"] if schedule is not None else []
     notes += [f"strength moves: {schedule}"] if schedule is not None else []
     forms = stacking.summary(patcher, entry) if entry.changes else []
-    return clone, Attached(file.name, forms, patched, rest.unmatched, ignored, tuple(notes))
+    return clone, Attached(file.name, forms, patched, entry.unmatched, ignored, tuple(notes))
 
 
-@dataclass(frozen=True)
-class _Rest:
-    """What of a file does not ride beside a layer."""
+@dataclass(frozen=True, eq=False)
+class _Read(Entry):
+    """The entry of a file, and what of the file does not ride beside a layer."""
 
-    raw: dict[str, dict[str, Tensor]]  # for the host to patch
-    spots: dict[str, object]  # where
-    unmatched: tuple[str, ...]
-    ignored: tuple[tuple[str, str], ...]
+    raw: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # for the host to patch
+    spots: dict[str, object] = field(default_factory=dict)  # where
+    unmatched: tuple[str, ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
 
 
-def _entry(patcher, path: Path, tolerance: float, correction: bool) -> Entry:
+def _entry(patcher, path: Path, tolerance: float, correction: bool) -> _Read:
     """Read from disk once per model and file, so that moving a slider reads nothing."""
     stat = path.stat()
     identity = (str(path), stat.st_mtime_ns, stat.st_size, tolerance, correction)
@@ -139,31 +139,28 @@ def _entry(patcher, path: Path, tolerance: float, correction: bool) -> Entry:
     if not placed and not raw:
         first = f"; first unmatched key {unmatched[0]}" if unmatched else ""
         raise NothingFits(f"{path.name}: 0 of {len(file.changes)} LoRA layers match this model{first}; {OTHER}")
-    rest = _Rest(raw, {base: where[base].host for base in raw}, tuple(unmatched), tuple(ignored))
-    return Entry(identity, path.name, placed, correction, tolerance=tolerance, rest=rest)
+    return _Read(identity, path.name, placed, correction, tolerance=tolerance, raw=raw,
+                 spots={base: where[base].host for base in raw}, unmatched=tuple(unmatched),
+                 ignored=tuple(ignored))  # fmt: skip
 
 
 def _reshapes(change: Change, module: nn.Module) -> bool:
     """Whether it makes another shape of a layer that is not quantized: the host can."""
-    plain = getattr(module, "layout_type", None) is None
-    return plain and change.reshape is not None and tuple(change.reshape) != stacking.shape_of(module)
+    return getattr(module, "layout_type", None) is None and change.reshapes(stacking.shape_of(module))
 
 
 def _check(file: str, base: str, change: Change, module: nn.Module, rows) -> None:
     out, columns = stacking.shape_of(module)
     try:
-        change.check((rows[1] if rows else out, columns))
-        if change.reshape is not None and tuple(change.reshape) != (out, columns):
-            raise ValueError(f"it makes the layer {list(change.reshape)} out of {[out, columns]}, which a quantized "
-                             "layer cannot become")  # fmt: skip
+        change.check_beside((rows[1] if rows else out, columns))
     except ValueError as problem:
         raise ValueError(f"{file}: {base}: {problem}; {OTHER}") from None
 
 
-def _patch(clone, rest: _Rest, strength: float) -> list[str]:
+def _patch(clone, entry: _Read, strength: float) -> list[str]:
     """Has the host merge what is no linear layer: norms, convolutions, embeddings, plain parameters."""
-    tensors = {key: tensor for found in rest.raw.values() for key, tensor in found.items()}
-    loaded = comfy.lora.load_lora(tensors, rest.spots, log_missing=False)
+    tensors = {key: tensor for found in entry.raw.values() for key, tensor in found.items()}
+    loaded = comfy.lora.load_lora(tensors, entry.spots, log_missing=False)
     return [str(key) for key in clone.add_patches(loaded, strength)]
 
 
@@ -221,9 +218,9 @@ def attach_lora(patcher, path: str, strength: float) -> tuple[comfy.model_patche
 
 def attach_own(patcher, file: str, pairs: dict[str, LowRank]) -> None:
     """Puts the branches that are part of a model, by module path, beside its layers: at strength 1 for good."""
-    for name, pair in pairs.items():
-        _check(file, name, Change(LoRA(pair)), module_at(patcher.model, name), None)
     placed = [Placed(name, None, Change(LoRA(pair))) for name, pair in pairs.items()]
+    for one in placed:
+        _check(file, one.layer, one.change, module_at(patcher.model, one.layer), None)
     stacking.attach(patcher, Entry(("", file), file, placed, absorbed=True), 1.0)
 
 
@@ -248,7 +245,7 @@ def absorbed_text(patcher) -> list[str]:
 
 def lacks_branch(patcher) -> bool:
     """Whether a MODEL is an absorb file from another loader, which has dropped the branches that are part of it."""
-    path = _file_of(patcher)
+    path = file_of(patcher)
     if absorbed_layers(patcher) or path is None or path.suffix not in (".safetensors", ".sft"):
         return False
     return any(key.rpartition(".")[2] in BRANCH for key in read_header(path)[1])
@@ -260,7 +257,7 @@ def coverage(patcher, attached: Attached) -> str:
     covered = len(quantized & set(attached.layers))
     text = f"corrects {len(attached.layers)} layers, {covered} of {len(quantized)} quantized ones"
     if attached.unmatched:
-        text += f"; {len(attached.unmatched)} keys fit no layer ({names_of(attached.unmatched)})"
+        text += f"; {len(attached.unmatched)} keys fit no layer ({first_of(attached.unmatched)})"
     return text
 
 
@@ -275,7 +272,7 @@ def quantized_layers(patcher) -> frozenset[str]:
 
 def lora_beside(patcher) -> str | None:
     """The `<checkpoint>_lora.safetensors` of a MODEL: in the checkpoint's folder, or among the loras."""
-    path = _file_of(patcher)
+    path = file_of(patcher)
     if path is None:
         return None
     name = f"{path.stem}_lora.safetensors"
@@ -285,11 +282,11 @@ def lora_beside(patcher) -> str | None:
 
 def mismatch(patcher, lora_path: str) -> str | None:
     """Why a correction LoRA is not that of a MODEL's file; None if it is, or if the files do not say."""
-    path = _file_of(patcher)
+    path = file_of(patcher)
     return pair_problem(path, Path(lora_path)) if path is not None and path.suffix == ".safetensors" else None
 
 
-def _file_of(patcher) -> Path | None:
+def file_of(patcher) -> Path | None:
     """The file a MODEL was loaded from, where its loader says so."""
     made = getattr(patcher, "cached_patcher_init", None)
     return Path(made[1][0]) if made and isinstance(made[1][0], str) else None

@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint
 from ..matching import Names, Place
 from ..quantization.recipe import Recipe
 from . import stacking
-from .attaching import TRUNK, lora_beside
+from .attaching import TRUNK, file_of, lora_beside
 
 
 def bake_of(patcher, original: Path | None = None, recipe: Recipe | None = None) -> Bake:
@@ -34,12 +34,6 @@ def bake_of(patcher, original: Path | None = None, recipe: Recipe | None = None)
     absorbs = any(layer.absorbs for layer in file.layers.values())
     names = Names((original or file).shapes())
     return Bake(file, additions, original, recipe, None if absorbs else correction, _edits(patcher, names))
-
-
-def file_of(patcher) -> Path | None:
-    """The file a MODEL was loaded from, where its loader says so."""
-    made = getattr(patcher, "cached_patcher_init", None)
-    return Path(made[1][0]) if made and isinstance(made[1][0], str) else None
 
 
 def _addition(entry: stacking.Entry, strength: float, schedule) -> Addition:

@@ -22,10 +22,11 @@ from comfy.patcher_extension import CallbacksMP
 from safetensors import safe_open
 
 from ..injection import module_at
+from ..words import first_of
 from . import adapters, attaching, patchable, settings, stacking, wiring
 from .adapters import Patch
 from .carrying import names_only
-from .stacking import Entry, names_of
+from .stacking import Entry
 
 log = logging.getLogger("tessera")
 
@@ -41,6 +42,7 @@ class Taken(Entry):
 
     patches: tuple[tuple[str, Patch], ...] = ()
     positions: tuple[int, ...] = ()  # of them among the patches that came together
+    left: tuple[tuple[str, str], ...] = ()  # (key, why) of those that must be merged
 
 
 def install(patcher) -> None:
@@ -55,7 +57,7 @@ def merged_hint(patcher) -> str | None:
     layers = sorted(quantized & {patchable.layer_of(key) for key in patcher.patches if key.endswith(".weight")})
     if not layers:
         return None
-    text = f"{len(layers)} quantized layers have a LoRA merged by ComfyUI ({names_of(layers)}): "
+    text = f"{len(layers)} quantized layers have a LoRA merged by ComfyUI ({first_of(layers)}): "
     if KEY in patcher.callbacks.get(CallbacksMP.ON_CLONE, {}):
         return text + "rounded without bias, but most of a weak LoRA is noise; Load LoRA (Tessera) runs it beside them"
     return text + "its rounding costs more than 4-bit quantization itself; load the model with Tessera's loader, or " \
@@ -129,7 +131,7 @@ def _state_dict_for_saving(patcher, original, *args, **kwargs):
         comfy.model_management.load_models_gpu([patcher])
         return patcher.model_state_dict_for_saving(*args, **kwargs)
     if apart:
-        log.warning("Tessera: the model is saved without what runs beside its weights: %s", names_of(apart))
+        log.warning("Tessera: the model is saved without what runs beside its weights: %s", first_of(apart))
     return original(*args, **kwargs)
 
 
@@ -152,7 +154,7 @@ def _take(patcher, linear: Patches, before: dict[str, int], correction: bool) ->
     if reasons:
         names = sorted({patchable.layer_of(key) for key, _ in reasons})
         log.warning("Tessera: LoRA of a ComfyUI node: %d layers get it merged, rounded without bias (%s), as %s",
-                    len(names), names_of(names), Counter(why for _, why in reasons).most_common(1)[0][0])  # fmt: skip
+                    len(names), first_of(names), Counter(why for _, why in reasons).most_common(1)[0][0])  # fmt: skip
     return len(moved)
 
 
@@ -161,7 +163,7 @@ def _entry(patcher, items: Patches, correction: bool) -> tuple[Taken | None, lis
     identity = "patches", adapters.identity(items), correction
     known = stacking.kept(patcher).entry(identity)
     if known is not None:
-        return known, list(known.rest)
+        return known, list(known.left)
     placed, positions, left = [], [], []
     for position, (key, patch) in enumerate(items):
         layer, _, part = key.rpartition(".")
@@ -174,7 +176,7 @@ def _entry(patcher, items: Patches, correction: bool) -> tuple[Taken | None, lis
     if not placed:
         return None, left
     taken = tuple(items[position] for position in positions)
-    entry = Taken(identity, NAME, placed, correction, rest=tuple(left), patches=taken, positions=tuple(positions))
+    entry = Taken(identity, NAME, placed, correction, left=tuple(left), patches=taken, positions=tuple(positions))
     _announce(entry)
     return entry, left
 
@@ -183,7 +185,7 @@ def _announce(entry: Taken) -> None:
     """In the log, once for each content."""
     if entry.correction:
         log.warning("Tessera: a ComfyUI node got this model's correction LoRA, which merging would lose: it corrects "
-                    "%d layers from beside their weights instead; Load Correction LoRA (Tessera) is the node for it",
+                    "%d layers from beside their weights instead; Error-Correction LoRA (Tessera) is the node for it",
                     len(entry.layers))  # fmt: skip
         return
     kinds = Counter(placed.change.kind for placed in entry.changes)

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import comfy.lora
@@ -50,7 +49,6 @@ class Entry:
     correction: bool = False  # what quantization lost: its own rounding counts less than a user's LoRA's
     absorbed: bool = False  # part of the file: without it the weights are wrong
     tolerance: float = 0.02  # that reducing may lose of a change, relative; 0: nothing
-    rest: object = None  # what of its file is no change of a layer
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -251,9 +249,3 @@ def _dtype(patcher) -> torch.dtype | None:
     dtype = patcher.model_dtype() if hasattr(patcher.model, "get_dtype") else torch.bfloat16
     cast_to = getattr(patcher.model, "manual_cast_dtype", None)
     return cast_to or (dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16)
-
-
-def names_of(items: Iterable[str], limit: int = 3) -> str:
-    """The first few of a list in words."""
-    items = list(items)
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

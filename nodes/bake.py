@@ -7,10 +7,10 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from .. import host
-from ..quantization import pipeline
 from ..quantization.pipeline import Settings
 from .calibrate import CALIBRATION
 from .plan import RECIPE
+from .quantize import files, saved
 
 FOLDER = "diffusion_models"
 NONE = "(none: best effort)"
@@ -60,20 +60,9 @@ class Bake(io.ComfyNode):
         source = None if original == NONE else Path(host.full_path(FOLDER, original))
         known = None if calibration is None else host.calibration_of(calibration)
         bake = host.bake_of(model, source, recipe_in)
-        target = host.output_path(FOLDER, _stem(bake, filename))
-        lora = host.output_path("loras", f"{target.stem}_lora")
+        target, lora = files(FOLDER, filename or f"{bake.model.path.stem}_baked", bake.absorbs)
         job = bake.job(target, Settings(rank), known, lora=lora, seed=seed, device=host.compute_device(), resume=True)
         host.make_room(job.working_bytes())
         report = job.run(host.Progress(cls.hidden.unique_id))
         host.say(cls.hidden.unique_id, "\n".join([*report.summary(), *bake.notes()]))
-        names = [host.listed_name(path) if path else "" for path in (job.target, job.lora)]
-        return io.NodeOutput(
-            *names, report.markdown(), ui={"text": [report.markdown()], "tessera_report": [report.as_dict()]}
-        )
-
-
-def _stem(bake, filename: str) -> str:
-    """The new file's name; that of an absorb model says that it is one."""
-    stem = (filename or f"{bake.model.path.stem}_baked").removesuffix(".safetensors")
-    absorb = bake.absorbs and pipeline.ABSORB not in Path(stem).name.lower()
-    return f"{stem}_{pipeline.ABSORB}" if absorb else stem
+        return saved(job, report)

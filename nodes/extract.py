@@ -13,14 +13,10 @@ from ..extraction import Extraction
 from ..job import lora_path
 from ..quantization.difference import MAX_RANK, RANK, Wish
 from .calibrate import CALIBRATION
+from .quantize import checkpoints
 
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
 log = logging.getLogger("tessera")
-
-
-def _checkpoints() -> list[str]:
-    names = [f"{folder}/{name}" for folder in FOLDERS for name in host.filenames(folder)]
-    return [name for name in names if name.endswith((".safetensors", ".sft"))]
 
 
 class ExtractLoRA(io.ComfyNode):
@@ -29,10 +25,10 @@ class ExtractLoRA(io.ComfyNode):
         return io.Schema(
             "TesseraExtractLoRA", "Extract LoRA (Tessera)", "tessera", is_output_node=True,
             inputs=[
-                io.Combo.Input("base", options=_checkpoints(),
+                io.Combo.Input("base", options=checkpoints(FOLDERS),
                                tooltip="What the LoRA will be loaded on: the model before tuning, or a quantized file "
                                "that is to be corrected."),
-                io.Combo.Input("tuned", options=_checkpoints(),
+                io.Combo.Input("tuned", options=checkpoints(FOLDERS),
                                tooltip="What comes out with the LoRA: the tuned model, or the quantized file's BF16 "
                                "original. Any format."),
                 io.String.Input("filename", default="", tooltip="Name of the LoRA, below models/loras. Empty: "

@@ -11,6 +11,7 @@ from ..checkpoint import Checkpoint
 from ..job import Job
 from ..quantization import pipeline, recipe
 from ..quantization.pipeline import Settings
+from ..quantization.report import Report
 from ..source import Source
 from .calibrate import CALIBRATION
 from .plan import RECIPE
@@ -19,9 +20,10 @@ FOLDERS = ("diffusion_models", "text_encoders")
 CONNECTED = "(the connected model or clip)"
 
 
-def _sources() -> list[str]:
-    names = [f"{folder}/{name}" for folder in FOLDERS for name in host.filenames(folder)]
-    return [name for name in names if name.endswith((".safetensors", ".sft"))] + [CONNECTED]
+def checkpoints(folders: tuple[str, ...]) -> list[str]:
+    """Files that can be read layer by layer, as folder/name."""
+    names = [f"{folder}/{name}" for folder in folders for name in host.filenames(folder)]
+    return [name for name in names if name.endswith((".safetensors", ".sft"))]
 
 
 def _recipes() -> list[str]:
@@ -35,7 +37,7 @@ class Quantize(io.ComfyNode):
         return io.Schema(
             "TesseraQuantize", "Quantize and Save (Tessera)", "tessera", is_output_node=True,
             inputs=[
-                io.Combo.Input("source", options=_sources(),
+                io.Combo.Input("source", options=[*checkpoints(FOLDERS), CONNECTED],
                                tooltip="The BF16 file to quantize. A connected model or clip is taken instead."),
                 io.Combo.Input("recipe", options=_recipes(), default=recipe.GENERIC,
                                tooltip="Which layer takes which format. Your own: user/tessera/recipes/*.toml."),
@@ -78,16 +80,13 @@ class Quantize(io.ComfyNode):
         weights, folder = _weights(source, model, clip)
         settings, chosen = Settings(rank, mode, smoothing=smoothing or None), recipe_in or _recipe(recipe)
         known = None if calibration is None else host.calibration_of(calibration)
-        target, lora = _files(folder, filename or f"{Path(weights.name).stem}_{chosen.name}", settings)
+        target, lora = files(folder, filename or f"{Path(weights.name).stem}_{chosen.name}", mode == pipeline.ABSORB)
         job = Job(weights, target, chosen, lora, seed=seed, settings=settings, calibration=known,
                   device=host.compute_device(), resume=True)  # fmt: skip
         host.make_room(job.working_bytes())
         report = job.run(host.Progress(cls.hidden.unique_id))
         host.say(cls.hidden.unique_id, "\n".join(report.summary()))
-        names = [host.listed_name(path) if path else "" for path in (job.target, job.lora)]
-        return io.NodeOutput(
-            *names, report.markdown(), ui={"text": [report.markdown()], "tessera_report": [report.as_dict()]}
-        )
+        return saved(job, report)
 
 
 def _weights(source: str, model, clip) -> tuple[Source, str]:
@@ -106,9 +105,16 @@ def _recipe(name: str) -> recipe.Recipe:
     return recipe.find(host.recipes_folder() / name if name.endswith(".toml") else name)
 
 
-def _files(folder: str, stem: str, settings: Settings) -> tuple[Path, Path | None]:
+def files(folder: str, stem: str, absorbs: bool) -> tuple[Path, Path]:
     """Where model and LoRA go. The name of an absorb model says that it is one."""
-    if settings.mode == pipeline.ABSORB and pipeline.ABSORB not in Path(stem).name.lower():
+    if absorbs and pipeline.ABSORB not in Path(stem).name.lower():
         stem = f"{stem.removesuffix('.safetensors')}_{pipeline.ABSORB}"
     target = host.output_path(folder, stem)
     return target, host.output_path("loras", f"{target.stem}_lora")
+
+
+def saved(job: Job, report: Report) -> io.NodeOutput:
+    """The names of a job's files as loaders list them, and its report."""
+    names = [host.listed_name(path) if path else "" for path in (job.target, job.lora)]
+    shown = {"text": [report.markdown()], "tessera_report": [report.as_dict()]}
+    return io.NodeOutput(*names, report.markdown(), ui=shown)

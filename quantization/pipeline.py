@@ -95,7 +95,7 @@ def quantize(
     moment = None
     if statistics is not None:
         statistics = statistics.to(weight.device)
-        moment = _moment(statistics, bias is not None and settings.bias, notes)
+        moment = moment_of(statistics, bias is not None and settings.bias, notes)
     layer = _Layer(format, settings, seed, None if moment is None else statistics, moment, notes)
     smooth = layer.choose_smoothing(weight)
     quantized, branch = layer.encode(weight, smooth)
@@ -251,7 +251,7 @@ def _errors(error: Tensor, moment: Moment | None, length: float, power: float) -
     return of_weight, math.sqrt(moment.energy(error) / power) if power else 0.0
 
 
-def _moment(statistics: Statistics, centred: bool, notes: list[str]) -> Moment | None:
+def moment_of(statistics: Statistics, centred: bool, notes: list[str]) -> Moment | None:
     """R for rounding and fitting: as much of it as the tokens carry, shrunk towards its diagonal."""
     moment, tokens = statistics.moment(), statistics.tokens
     if not torch.isfinite(moment.matrix).all():

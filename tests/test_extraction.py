@@ -224,7 +224,7 @@ def test_unscaled_fp8_is_corrected_norms_included_and_the_report_says_how_to_loa
     assert report.correction and {row.format for row in report.layers} == {"float8_e4m3fn"}
     difference = original[f"{NORM}.weight"].float() - base[f"{NORM}.weight"].float()
     assert torch.equal(tensors[f"diffusion_model.{NORM}.diff"], difference)
-    assert any("Error-Correction LoRA (Tessera) does not take" in warning for warning in report.warnings)
+    assert any("plain differences, which ComfyUI patches into the model" in warning for warning in report.warnings)
 
 
 def test_padding_that_the_file_does_not_tell_is_cut_off(tmp_path):
@@ -267,7 +267,7 @@ def test_weighting_lowers_the_output_error_and_is_the_pipelines_fit(calibrated):
     report, tensors = extract(base, original, wish=Wish(rank=8), calibration=known)
     for row in report.layers:
         biased = row.name == QKV
-        moment = pipeline._moment(known.of(row.name), biased, [])
+        moment = pipeline.moment_of(known.of(row.name), biased, [])
         truth, stored = Checkpoint(original).weight(row.name), Checkpoint(base).weight(row.name)
         branch = lowrank.fit(truth - stored, 8, pipeline.layer_seed(0, row.name), moment).half()
         assert torch.equal(tensors[f"diffusion_model.{row.name}.lora_up.weight"], branch.up)
@@ -288,7 +288,7 @@ def test_a_tolerance_is_of_the_output_where_inputs_are_known(calibrated):
     moment = known.of(LAYERS[0]).moment()
     for row in report.layers:
         assert row.loss <= 0.3 and row.rank < 96
-    moment = pipeline._moment(known.of(LAYERS[0]), False, [])
+    moment = pipeline.moment_of(known.of(LAYERS[0]), False, [])
     residual = Checkpoint(original).weight(LAYERS[0]) - Checkpoint(base).weight(LAYERS[0])
     left = moment.energy(residual - product(tensors, LAYERS[0])) / moment.energy(residual)
     assert left**0.5 == pytest.approx(report.layers[0].loss, rel=1e-3)

@@ -157,7 +157,7 @@ def test_reported_errors_are_those_of_the_file(label, kind, mode):
     if kind is None:
         assert layer.output_error is None and layer.corrected_output_error is None
         return
-    metric = dense(pipeline._moment(statistics, False, []), IN)
+    metric = dense(pipeline.moment_of(statistics, False, []), IN)
 
     def output(found):
         error = w.double() - found
@@ -347,7 +347,7 @@ def test_smoothed_weight_is_rounded_for_the_smoothed_input():
     w, x = weight(), inputs(outliers=8)
     entries = pipeline.quantize(NVFP4(), w, Settings(rank=0, smoothing=True), 0, recorded(x)).entries
     scale = entries["pre_quant_scale"]
-    metric = pipeline._moment(recorded(x * scale), False, [])
+    metric = pipeline.moment_of(recorded(x * scale), False, [])
     codes = NVFP4().unpack(entries, OUT, IN), gptq.quantize(NVFP4(), w / scale, metric, [])
     errors = [metric.energy(w / scale - NVFP4().decode(found)) for found in codes]
     assert errors[0] < 1.01 * errors[1]
@@ -565,7 +565,7 @@ def test_few_tokens_do_no_harm(tokens):
 
 def test_shrinkage_is_channels_per_token():
     statistics = recorded(inputs(2560))
-    off = pipeline._moment(statistics, False, []).matrix / statistics.second
+    off = pipeline.moment_of(statistics, False, []).matrix / statistics.second
     off = off[~torch.eye(IN, dtype=torch.bool)]
     torch.testing.assert_close(off, torch.full_like(off, 0.9), rtol=1e-3, atol=1e-3)
 
