@@ -1,7 +1,7 @@
 // @ts-check
 /** LoRA Stack (Tessera): rows over the text widget `stack`, which stays the value that is saved and sent. */
-// @ts-ignore served by ComfyUI
-import { app } from "../../scripts/app.js"
+import { addStyle, after, button, element, keepInside, name } from "./dom.js"
+import { app } from "./frontend.js"
 import { LIMIT, format, move, parse, strength } from "./lora_stack_text.js"
 
 const NODE = "TesseraLoRAStack"
@@ -14,9 +14,7 @@ const drawn = new Set()
 app.registerExtension({
   name: "tessera.loraStack",
   setup() {
-    const style = element("style")
-    style.textContent = STYLE
-    document.head.append(style)
+    addStyle("tessera-stack-style", STYLE)
   },
   beforeRegisterNodeDef(/** @type {any} */ _type, /** @type {any} */ definition) {
     if (definition.name === "TesseraLoRA") files = choices(definition)
@@ -246,12 +244,7 @@ function attach(node) {
   text.hidden = text.options.hidden = true // in LiteGraph, in Nodes 2.0
   const options = { serialize: false, hideInPanel: true, getMinHeight: height, getHeight: height, margin: 6 }
   node.addDOMWidget("rows", "tessera_stack", root, options)
-  root.addEventListener("keydown", (event) => {
-    if (!event.ctrlKey && !event.metaKey) event.stopPropagation() // Delete would remove the node
-  })
-  root.addEventListener("pointerdown", (event) => {
-    if (event.target instanceof Element && event.target.closest("input, select, button, textarea")) event.stopPropagation()
-  })
+  keepInside(root)
   after(text, "callback", () => text.value !== saved && read())
   after(node, "onConfigure", read)
   after(node, "onConnectionsChange", read)
@@ -262,41 +255,6 @@ function attach(node) {
 }
 
 let lists = 0 // datalists made, for their ids
-
-/** Runs more after an object's own handler. @param {any} owner @param {string} event @param {() => void} more */
-function after(owner, event, more) {
-  const before = owner[event]
-  owner[event] = function () {
-    const result = before?.apply(this, arguments)
-    more()
-    return result
-  }
-}
-
-/**
- * @template {keyof HTMLElementTagNameMap} T
- * @param {T} tag @param {Partial<HTMLElementTagNameMap[T]>} [properties] @param {HTMLElement[]} [children]
- * @returns {HTMLElementTagNameMap[T]}
- */
-function element(tag, properties = {}, children = []) {
-  const made = Object.assign(document.createElement(tag), properties)
-  made.append(...children)
-  return made
-}
-
-/** @param {string} sign @param {string} part @param {string} label @param {() => void} press */
-function button(sign, part, label, press) {
-  const made = element("button", { type: "button", textContent: sign, title: label })
-  made.addEventListener("click", press)
-  return name(made, part, label)
-}
-
-/** @template {HTMLElement} T @param {T} control @param {string} part @param {string} label @returns {T} */
-function name(control, part, label) {
-  control.dataset.part = part
-  control.setAttribute("aria-label", label)
-  return control
-}
 
 const STYLE = `
 .tessera-stack { display: flex; flex-direction: column; gap: 2px; width: 100%; box-sizing: border-box;

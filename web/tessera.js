@@ -1,7 +1,6 @@
 // @ts-check
 /** Tessera's settings. Python reads them from the user's comfy.settings.json. */
-// @ts-ignore served by ComfyUI
-import { app } from "../../scripts/app.js"
+import { app } from "./frontend.js"
 
 app.registerExtension({
   name: "tessera.settings",
