@@ -6,10 +6,11 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+from . import edits as by_hand
 from . import writer
 from .contents import METADATA_SPARE, Contents, lora_key
 from .formats import Format, TensorSpec
@@ -17,10 +18,12 @@ from .publication import write_text
 from .quantization import allocation, recipe
 from .quantization.allocation import Option
 from .quantization.layer_map import KEEP, label
+from .quantization.patterns import natural
 from .quantization.pipeline import CORRECTION
 from .quantization.recipe import Recipe
 from .quantization.report import size
 from .survey import Survey
+from .words import first_of
 
 UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "b": 1}
 
@@ -47,6 +50,10 @@ class Plan:
     lora_bytes: int
     wish: str  # what was asked for
     seconds: float = 0.0
+    options: Mapping[str, Sequence[Option]] = field(default_factory=dict, repr=False)  # what layers could be
+    before: Mapping[str, PlannedLayer] = field(default_factory=dict)  # layers edited by hand, as they were allocated
+    edits: str = ""
+    remarks: tuple[str, ...] = ()  # about edits
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +98,7 @@ class Plan:
         return self.survey.as_dict() | {
             "name": self.name, "wish": self.wish, "bytes": self.nbytes, "model_bytes": self.model_bytes,
             "lora_bytes": self.lora_bytes, "error": self.error, "counts": self.counts(), "layers": self.rows(),
-            "seconds": self.seconds,
+            "seconds": self.seconds, "edited": sorted(self.before),
         }  # fmt: skip
 
     def summary(self) -> list[str]:
@@ -102,7 +109,10 @@ class Plan:
             f"{size(self.lora_bytes)}; asked for {self.wish}",
             f"layers: {counts}",
             f"expected error {self.error:.4g}; scored by {self.survey.method}",
-        ]
+            *([f"edited by hand: {len(self.before)} layers ({first_of(self.before)}), whatever was asked for"]
+              if self.before else []),
+            *self.remarks,
+        ]  # fmt: skip
 
     def markdown(self) -> str:
         return self.survey.markdown(self.summary(), self.layers)
@@ -123,11 +133,12 @@ def check_recipe_path(path: Path) -> None:
         raise ValueError(f"{path}: already exists; choose another name")
 
 
-def plan(survey: Survey, name: str, target: Target) -> Plan:
+def plan(survey: Survey, name: str, target: Target, edits: str = "") -> Plan:
     """The allocation with the least expected error whose files, model and correction LoRA together, are no larger than
-    the target; or the smallest one with no more than the target's error. Headers are counted.
+    the target; or the smallest one with no more than the target's error. Headers are counted. Then `edits` are made,
+    whatever they do to the target.
 
-    Raises ValueError that states the smallest possible size if the target is below it.
+    Raises ValueError that states the smallest possible size if the target is below it, or names an edit's line.
     """
     started, sizes = time.monotonic(), _Sizes(survey)
     if target.nbytes is not None and sizes.smallest > target.nbytes:
@@ -143,7 +154,13 @@ def plan(survey: Survey, name: str, target: Target) -> Plan:
     _, model_bytes, lora_bytes, chosen = best
     layers = {n: _planned(survey, n, option) for n, option in chosen.items()}
     layers |= {n: PlannedLayer(None, None, f"kept: {why}") for n, why in survey.kept.items()}
-    return Plan(name, survey, layers, model_bytes, lora_bytes, str(target), time.monotonic() - started)
+    found, remarks = by_hand.apply(edits, sizes.options, survey.source.shapes(), survey.kept)
+    changed = {n: option for n, option in found.items() if option != chosen[n]}
+    if changed:
+        model_bytes, lora_bytes = sizes.files(chosen | changed)
+    edited = {n: _edited(_planned(survey, n, option), layers[n]) for n, option in changed.items()}
+    return Plan(name, survey, layers | edited, model_bytes, lora_bytes, str(target), time.monotonic() - started,
+                sizes.options, {n: layers[n] for n in sorted(edited, key=natural)}, edits, tuple(remarks))  # fmt: skip
 
 
 def _planned(survey: Survey, name: str, option: Option) -> PlannedLayer:
@@ -153,6 +170,11 @@ def _planned(survey: Survey, name: str, option: Option) -> PlannedLayer:
     reason = f"{reason} (squared error alone: {said or 'no format fits its shape'})"
     rank = None if option.format is None else option.rank
     return PlannedLayer(option.format, rank, reason, option.nbytes, option.damage)
+
+
+def _edited(layer: PlannedLayer, before: PlannedLayer) -> PlannedLayer:
+    planned = label(before.format) + (f" rank {before.rank}" if before.rank else "")
+    return replace(layer, reason=f"edited by hand, {planned} was planned: {layer.reason}")
 
 
 class _Sizes:
