@@ -34,7 +34,8 @@ MIXINS = {"Carrying": "Linear", "Planned": "Linear", "Smoothed": "Linear", "Pack
 BY_HAND = (  # (object of the host's, attributes, the module that leans on them)
     ("ModelPatcher", "clone patches backup patches_uuid is_injected use_ejected add_patches model_options wrappers "
      "callbacks load_device offload_device model_state_dict_for_saving set_injections remove_injections "
-     "set_attachments get_attachment set_additional_models cached_patcher_init hook_patches is_dynamic", "host/stacking.py"),
+     "set_attachments get_attachment set_additional_models cached_patcher_init hook_patches is_dynamic",
+     "host/stacking.py"),
     ("CLIP", "patcher cond_stage_model clone load_model", "host/recording.py"),
     ("BaseModel", "diffusion_model apply_model model_sampling manual_cast_dtype get_dtype", "host/stacking.py"),
     ("Linear", "in_features out_features weight bias comfy_cast_weights comfy_force_cast_weights weight_function "
