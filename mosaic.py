@@ -51,7 +51,7 @@ def of_job(job: Job, done: Iterable[LayerReport] = (), report: Report | None = N
         elif name in formats:
             shape = job.contents.shape(name)
             tiles.append(Tile(name, formats[name].label, shape, formats[name].nbytes(*shape), reason=choice.reason,
-                              rank=job.contents.rank(name)))  # fmt: skip
+                              rank=job.contents.rank(name), done=False))  # fmt: skip
         else:
             shape = tuple(job.source.shapes()[f"{name}.weight"])
             tiles.append(Tile(name, KEEP, shape, _stored(job.source, name), reason=choice.reason))

@@ -11,7 +11,7 @@ import torch
 
 from . import formats
 from .checkpoint import DETECTION, EMBEDDINGS
-from .formats import BF16, Format, Plain
+from .formats import BF16, Format, Plain, TensorSpec
 from .job import is_text_encoder
 from .progress import Step
 from .quantization import architecture, indicators, measurement
@@ -55,11 +55,31 @@ class Menu:
         return (0,) if format is None or isinstance(format, Plain) else self.ranks
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A source without its weights: what plans need of one, and all that is kept of a model in memory."""
+
+    name: str
+    prefix: str
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorSpec]
+    nbytes: int
+    known: Mapping[str, tuple[int, ...]]
+    path: None = None
+
+    @classmethod
+    def of(cls, source: Source) -> Outline:
+        return cls(source.name, source.prefix, source.metadata, source.tensors, source.nbytes, source.shapes())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.known)
+
+
 @dataclass
 class Survey:
     """A model's layers as measured: `damages` is what each (layer, format label) does to the output at rank 0."""
 
-    source: Source
+    source: Source | Outline
     menu: Menu
     layers: dict[str, Measurement]
     kept: dict[str, str]  # layer -> why it must stay as it is

@@ -37,6 +37,7 @@ class Tile:
     rank: int = 0  # of its branch
     strength: float | None = None  # of the branch
     edited: bool = False
+    done: bool = True  # False: a job has not come to it yet
     kept: str = ""  # format it is kept in, where that is not the file's
     added: float | None = None  # to its weight error, by transcoding
     planned: str = ""  # format and rank before edits
@@ -78,11 +79,12 @@ class Mosaic:
             **{word: [_rounded(getattr(t, word)) for t in tiles]
                for word in ("error", "corrected", "sensitivity", "strength", "added")},
             "kernel": [kernels.index(t.kernel) for t in tiles],
-            "ran": [t.ran and [[kernels.index(k), n] for k, n in t.ran.items()] for t in tiles],
+            "ran": [None if t.ran is None else [[kernels.index(k), n] for k, n in _most_first(t.ran)] for t in tiles],
             "path": [t.path for t in tiles],
             "reason": [reasons.index(shown(t.reason)) for t in tiles],
             "rank": [t.rank for t in tiles],
             "edited": [int(t.edited) for t in tiles],
+            "done": [int(t.done) for t in tiles],
             "kept": [formats.index(t.kept) for t in tiles],
             "planned": [formats.index(t.planned) for t in tiles],
             "planned_rank": [t.planned_rank for t in tiles],
@@ -143,6 +145,10 @@ class _Words:
             self._places[word] = len(self.words)
             self.words.append(word)
         return self._places[word]
+
+
+def _most_first(ran: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(ran.items(), key=lambda item: -item[1])
 
 
 def _rounded(value: float | None) -> float | None:

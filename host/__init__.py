@@ -16,11 +16,15 @@ from .attaching import (
 from .baking import bake_of
 from .guard import merged_hint
 from .inspection import Inspection, inspect
+from .jobs import Live
 from .loading import load_clip, load_diffusion_model, plan_text, plans, transcoded_folder
 from .memory import ModelSource, clip_source, model_source
 from .probing import ACTIVATIONS as PROBED_ACTIVATIONS
 from .probing import Budget, measure
 from .recording import ProbeCall, Recorder, RecordOptions, calibration_of, record
+from .routes import register as register_routes
+from .surveys import surveyed
+from .sweeping import sweep
 from .ui import (
     Progress,
     calibration_path,
@@ -38,10 +42,11 @@ from .ui import (
 )
 
 __all__ = [
-    "PROBED_ACTIVATIONS", "Attached", "Budget", "Inspection", "ModelSource", "NothingFits", "ProbeCall", "Progress",
-    "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "bake_of",
+    "PROBED_ACTIVATIONS", "Attached", "Budget", "Inspection", "Live", "ModelSource", "NothingFits", "ProbeCall",
+    "Progress", "RecordOptions", "Recorder", "Schedule", "absorbed_layers", "attach_file", "attach_lora", "bake_of",
     "calibration_of", "calibration_path", "calibrations", "clip_source", "compute_device", "coverage", "filenames",
     "full_path", "inspect", "lacks_branch", "listed_name", "load_clip", "load_diffusion_model", "lora_beside",
     "make_room", "measure", "merged_hint", "mismatch", "model_source", "new_calibration_path", "new_recipe_path",
-    "output_path", "plan_text", "plans", "quantized_layers", "recipes_folder", "record", "say", "transcoded_folder",
+    "output_path", "plan_text", "plans", "quantized_layers", "recipes_folder", "record", "register_routes", "say",
+    "surveyed", "sweep", "transcoded_folder",
 ]  # fmt: skip
