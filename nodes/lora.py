@@ -38,12 +38,7 @@ class CorrectionLoRA(io.ComfyNode):
         if not lora_name:  # what TesseraQuantize gives where it made none
             host.say(cls.hidden.unique_id, "no correction LoRA was made; the model is passed on as it is")
             return io.NodeOutput(model)
-        if lora_name == BESIDE:
-            _explain_absorbed(model)
-        path = host.lora_beside(model) if lora_name == BESIDE else host.full_path("loras", lora_name)
-        if path is None:
-            raise ValueError("no correction LoRA lies beside this checkpoint; choose one in lora_name, or quantize the "
-                             "original with TesseraQuantize, which writes one")  # fmt: skip
+        path = correction_path(model, lora_name)
         patched, attached = host.attach_lora(model, path, strength)
         hints = [host.mismatch(model, path), host.merged_hint(model)]
         said = [host.coverage(model, attached), *filter(None, hints)]
@@ -51,6 +46,18 @@ class CorrectionLoRA(io.ComfyNode):
             log.info("Tessera: %s", line)
         host.say(cls.hidden.unique_id, "\n".join(said))
         return io.NodeOutput(patched)
+
+
+def correction_path(model, lora_name: str) -> str:
+    """The file of a name in the list. Raises ValueError if none lies beside the checkpoint, saying what to do."""
+    if lora_name != BESIDE:
+        return host.full_path("loras", lora_name)
+    _explain_absorbed(model)
+    path = host.lora_beside(model)
+    if path is None:
+        raise ValueError("no correction LoRA lies beside this checkpoint; choose one in lora_name, or quantize the "
+                         "original with TesseraQuantize, which writes one")  # fmt: skip
+    return path
 
 
 def _explain_absorbed(model) -> None:
