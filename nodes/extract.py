@@ -44,8 +44,8 @@ class ExtractLoRA(io.ComfyNode):
                 CALIBRATION.Input("calibration", optional=True, tooltip="What the layers of either model see: the "
                                   "output error is made least, not that of the weights."),
                 io.String.Input("layers", default="", optional=True, advanced=True,
-                                tooltip="Only these, as in a recipe: layers.{0-9}.** for instance; several with spaces "
-                                "between. Empty: all."),
+                                tooltip="Only these, as in a recipe: layers.*.attention.** for instance; several with "
+                                "spaces between. Empty: all."),
             ],
             outputs=[
                 io.Combo.Output("lora_name", tooltip="Connect to lora_name of a LoRA node."),

@@ -46,7 +46,7 @@ class DiffusionModelLoader(io.ComfyNode):
                                tooltip="For files that are not quantized; leave it at default for those that are."),
                 SPEED, CACHE,
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model, each quantized layer planned for this device.")],
             hidden=[io.Hidden.unique_id],
             description="Loads a diffusion model like Load Diffusion Model, plans each quantized layer for this device "
             "and repairs files that other tools marked wrongly.",
@@ -75,7 +75,7 @@ class CLIPLoader(io.ComfyNode):
                                tooltip="cpu keeps the text encoder off the GPU."),
                 SPEED, CACHE,
             ],
-            outputs=[io.Clip.Output()],
+            outputs=[io.Clip.Output(tooltip="The text encoder, each quantized layer planned for this device.")],
             hidden=[io.Hidden.unique_id],
             description="Loads a text encoder like Load CLIP, quantized layers by this device's kernels instead of "
             "decoding them for each prompt; embedding tables stay quantized.",

@@ -26,7 +26,7 @@ class CorrectionLoRA(io.ComfyNode):
                                display_mode=io.NumberDisplay.slider,
                                tooltip="0 is the quantized model alone, 1 the whole correction; more overshoots."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model with its correction. The input stays as it was.")],
             hidden=[io.Hidden.unique_id],
             description="Adds a quantized model's correction beside its packed weights, exactly and at any strength. "
             "No weight is rewritten, moving the slider reloads nothing.",
