@@ -133,11 +133,12 @@ class Job:
                 estimate.done(name, result.seconds)
         report.kept = output.copy_rest()
         count, last = len(report.layers), report.layers[-1]
-        progress(Step(0, count, "verifying", estimate.seconds_left(), True, "", estimate.share(), last))
+        progress(Step(0, count, "verifying", estimate.seconds_left(), True, "", estimate.share(), last,
+                      report.layers))  # fmt: skip
         output.finish(report.layers, self._provenance(digest.hexdigest()))
         for index, row in enumerate(report.layers):
             name = f"verifying {row.name}"
-            progress(Step(index, count, name, estimate.seconds_left(), True, "", estimate.share()))
+            progress(Step(index, count, name, estimate.seconds_left(), True, "", estimate.share(), done=report.layers))
             estimate.done(name, output.verify(row))
         output.reread()
         report.model_bytes, report.lora_bytes = output.model.nbytes, output.lora.nbytes if output.lora else 0
@@ -174,7 +175,7 @@ class Job:
             for index, name in enumerate(names[len(done) :], len(done)):
                 label = self.contents.formats[name].label
                 progress(Step(index, len(names), name, estimate.seconds_left(), False, label, estimate.share(),
-                              done[-1] if done else None))  # fmt: skip
+                              done[-1] if done else None, done))  # fmt: skip
                 yield name, next(results)
 
     def _task(self, name: str) -> Task:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .contents import Contents
@@ -26,6 +26,7 @@ class Step:
     format: str = ""  # of the layer in hand
     share: float = 0.0  # of all the work, done
     last: LayerReport | None = None  # the layer finished just before
+    done: Sequence[LayerReport] = ()  # all that are finished; grows while the job runs
 
     def __str__(self) -> str:
         minutes, seconds = divmod(int(self.seconds_left or 0), 60)

@@ -119,6 +119,14 @@ class Progress:
         say(self.node_id, "\n".join(filter(None, (str(step), step.details()))))
 
 
+def send(node_id: str | None, event: str, data: dict) -> None:
+    """Tells every open page something about a node; nothing where no server runs (tests, scripts)."""
+    if node_id is not None:
+        from server import PromptServer
+
+        PromptServer.instance.send_sync(event, data)
+
+
 def say(node_id: str | None, text: str) -> None:
     """Shows a line in the node, in both renderers; nothing where no server runs (tests, scripts)."""
     if node_id is not None:

@@ -48,7 +48,7 @@ class Bake(io.ComfyNode):
                 io.Combo.Output("lora_name", tooltip="Connect to lora_name of the correction node."),
                 io.String.Output("report", tooltip="Format, size and error per layer, as markdown."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             description="Saves a quantized model with its LoRAs inside, and an error-correction LoRA fitted to that. "
             "Verifies what it wrote. Cancelling leaves nothing behind; after a crash the same inputs go on where it "
             "stopped.",
@@ -57,12 +57,14 @@ class Bake(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename="", original=NONE, rank=32, calibration=None, recipe_in=None, seed=0):
-        source = None if original == NONE else Path(host.full_path(FOLDER, original))
-        known = None if calibration is None else host.calibration_of(calibration)
-        bake = host.bake_of(model, source, recipe_in)
-        target, lora = files(FOLDER, filename or f"{bake.model.path.stem}_baked", bake.absorbs)
-        job = bake.job(target, Settings(rank), known, lora=lora, seed=seed, device=host.compute_device(), resume=True)
-        host.make_room(job.working_bytes())
-        report = job.run(host.Progress(cls.hidden.unique_id))
+        with host.Live(cls.hidden) as live:
+            source = None if original == NONE else Path(host.full_path(FOLDER, original))
+            known = None if calibration is None else host.calibration_of(calibration)
+            bake = host.bake_of(model, source, recipe_in)
+            target, lora = files(FOLDER, filename or f"{bake.model.path.stem}_baked", bake.absorbs)
+            job = bake.job(target, Settings(rank), known, lora=lora, seed=seed, device=host.compute_device(),
+                           resume=True)  # fmt: skip
+            host.make_room(job.working_bytes())
+            report = live.run(job)
         host.say(cls.hidden.unique_id, "\n".join([*report.summary(), *bake.notes()]))
-        return saved(job, report)
+        return saved(job, report, live)

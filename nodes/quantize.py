@@ -65,7 +65,7 @@ class Quantize(io.ComfyNode):
                 io.Combo.Output("lora_name", tooltip="Connect to lora_name of the correction node."),
                 io.String.Output("report", tooltip="Format, size and error per layer, as markdown."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             description="Quantizes a checkpoint layer by layer with a recipe, fits an error-correction LoRA to every "
             "quantized layer. Verifies what it wrote. Cancelling leaves nothing behind; after a crash the same inputs "
             "go on where it stopped.",
@@ -77,16 +77,18 @@ class Quantize(io.ComfyNode):
         cls, source, recipe, filename="", rank=32, model=None, clip=None, seed=0, calibration=None, recipe_in=None,
         mode=pipeline.CORRECTION, smoothing=False,
     ):  # fmt: skip
-        weights, folder = _weights(source, model, clip)
-        settings, chosen = Settings(rank, mode, smoothing=smoothing or None), recipe_in or _recipe(recipe)
-        known = None if calibration is None else host.calibration_of(calibration)
-        target, lora = files(folder, filename or f"{Path(weights.name).stem}_{chosen.name}", mode == pipeline.ABSORB)
-        job = Job(weights, target, chosen, lora, seed=seed, settings=settings, calibration=known,
-                  device=host.compute_device(), resume=True)  # fmt: skip
-        host.make_room(job.working_bytes())
-        report = job.run(host.Progress(cls.hidden.unique_id))
+        with host.Live(cls.hidden) as live:
+            weights, folder = _weights(source, model, clip)
+            settings, chosen = Settings(rank, mode, smoothing=smoothing or None), recipe_in or _recipe(recipe)
+            known = None if calibration is None else host.calibration_of(calibration)
+            stem = filename or f"{Path(weights.name).stem}_{chosen.name}"
+            target, lora = files(folder, stem, mode == pipeline.ABSORB)
+            job = Job(weights, target, chosen, lora, seed=seed, settings=settings, calibration=known,
+                      device=host.compute_device(), resume=True)  # fmt: skip
+            host.make_room(job.working_bytes())
+            report = live.run(job)
         host.say(cls.hidden.unique_id, "\n".join(report.summary()))
-        return saved(job, report)
+        return saved(job, report, live)
 
 
 def _weights(source: str, model, clip) -> tuple[Source, str]:
@@ -113,8 +115,9 @@ def files(folder: str, stem: str, absorbs: bool) -> tuple[Path, Path]:
     return target, host.output_path("loras", f"{target.stem}_lora")
 
 
-def saved(job: Job, report: Report) -> io.NodeOutput:
+def saved(job: Job, report: Report, live: host.Live) -> io.NodeOutput:
     """The names of a job's files as loaders list them, and its report."""
     names = [host.listed_name(path) if path else "" for path in (job.target, job.lora)]
-    shown = {"text": [report.markdown()], "tessera_report": [report.as_dict()]}
+    shown = {"text": [report.markdown()], "tessera_report": [report.as_dict()], "tessera_job": [live.state],
+             "tessera_map": [live.map] if live.map else []}  # fmt: skip
     return io.NodeOutput(*names, report.markdown(), ui=shown)

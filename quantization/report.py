@@ -60,6 +60,7 @@ class Report:
     mode: str = "correction"
     calibrated: int = 0  # layers
     basis: str = "data-free: no calibration was given"  # what the numbers rest on
+    file: str | None = None  # where this report lies as JSON
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(layer.format for layer in self.layers).most_common())
@@ -79,18 +80,26 @@ class Report:
 
     def markdown(self) -> str:
         """Totals, warnings and one table row per layer."""
-        lines = [*(f"- {line}" for line in self.summary()), *(f"- note: {w}" for w in self.warnings), ""]
+        columns, rows = self.table()
+        lines = [f"- {line}" for line in self.lines()]
+        lines += ["", _row(columns), _row(["-", "-"] + ["-:"] * (len(columns) - 2), "")]
+        return "\n".join([*lines, *map(_row, rows)])
+
+    def lines(self) -> list[str]:
+        """Totals and warnings."""
+        return [*self.summary(), *(f"note: {warning}" for warning in self.warnings)]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(names of the columns, a row of texts per layer)."""
         columns = ["layer", "format", "MB", "weight error", self._branch()]
         measured = any(layer.output_error is not None for layer in self.layers)
         columns += ["output error", self._branch()] if measured else []
-        columns += ["s"]
-        lines += [_row(columns), _row(["-", "-"] + ["-:"] * (len(columns) - 2), "")]
+        rows = []
         for layer in self.layers:
             outputs = [layer.output_error, layer.corrected_output_error] if measured else []
             errors = [_number(error) for error in (layer.error, layer.corrected_error, *outputs)]
-            cells = [layer.name, layer.format, f"{layer.nbytes / 1e6:.2f}", *errors, f"{layer.seconds:.1f}"]
-            lines.append(_row(cells))
-        return "\n".join(lines)
+            rows.append([layer.name, layer.format, f"{layer.nbytes / 1e6:.2f}", *errors, f"{layer.seconds:.1f}"])
+        return [*columns, "s"], rows
 
     def summary(self) -> list[str]:
         """The totals as a few lines of plain text."""
@@ -109,7 +118,7 @@ class Report:
             lines.append(f"correction LoRA {self.lora}: rank {self._ranks()}, {size(self.lora_bytes)}")
         elif self.mode == "absorb":
             lines.append(f"absorb: the branches, rank {self._ranks()}, are in the file; only Tessera's loader runs it")
-        return lines
+        return [*lines, f"this report as JSON: {self.file}"] if self.file else lines
 
     def mean(self, field: str) -> float:
         values = [v for v in (getattr(layer, field) for layer in self.layers) if v is not None]
