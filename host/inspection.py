@@ -12,7 +12,7 @@ from . import guard, stacking
 from .attaching import quantized_layers
 from .carrying import Carrying
 from .loading import PLANS, plan_lines, plans
-from .planned import Planned
+from .planned import EXACT, Planned
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Inspection:
             )
         elif silent:
             lines.append("nothing has run yet: connect what the sampler makes to `after`")
-        other = [row for row in self.rows if any(kernel != row.kernel for kernel in row.runs)]
+        other = [row for row in self.rows if any(kernel not in (row.kernel, EXACT) for kernel in row.runs)]
         if other:
             ran = ", ".join(other[0].runs)
             lines.append(f"not as planned: {len(other)} layers ({other[0].layer}: {ran}), as a LoRA of ComfyUI's own "

@@ -27,6 +27,7 @@ from .carrying import EXTENDED, KINDS, Carrying, cast
 if TYPE_CHECKING:
     from .operations import Loading
 
+EXACT = "decoded, exact step"  # how calls are counted that a precision schedule made exact
 ENTRIES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 
 
@@ -39,6 +40,7 @@ class Planned(Carrying):
 
     tessera_loading: Loading
     tessera_branch: LowRank | None = None  # of an absorb file, until the loader attaches it
+    tessera_exact = False  # this call: decode the kept weight, whatever the plan (host/precision.py)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -124,6 +126,7 @@ class Planned(Carrying):
     def _plan_runs(self, input: Tensor | Gated) -> bool:
         return (
             self.tessera_plan is not None
+            and not self.tessera_exact
             and self.tessera_plan.kernel != dispatch.HOST
             and isinstance(self.weight, comfy.quant_ops.QuantizedTensor)
             and not isinstance(input, comfy.quant_ops.QuantizedTensor)
@@ -138,7 +141,7 @@ class Planned(Carrying):
         native = plan is not None and plan.kernel == dispatch.HOST and not self._full_precision_mm
         y = super().forward(self._taken(input) if native else input, *args, **kwargs).to(input.dtype)
         if plan is not None:
-            self._count("host" if native else "host, decoded")
+            self._count("host" if native else EXACT if self.tessera_exact else "host, decoded")
         return self.added(y, input, self._bias(input))
 
     def _multiply(self, x: Tensor | Gated, input: Tensor | Gated, weight, bias: Tensor | None,
