@@ -20,7 +20,7 @@ from ..kernels import dispatch
 from ..kernels.dispatch import Plan
 from ..kernels.facts import DeviceFacts
 from ..transcode import Cache
-from . import attaching, embedding, guard, wiring
+from . import attaching, caching, embedding, guard, settings, wiring
 from .operations import Loading, operations
 
 log = logging.getLogger("tessera")
@@ -231,8 +231,13 @@ def _keep(cache: Cache) -> None:
     """Saves transcoded layers for the next start; the model is loaded either way."""
     try:
         cache.save()
+        removed = caching.trim(cache.path, settings.cache_limit())
     except (ValueError, OSError) as problem:  # no space, no permission
         log.warning("Tessera: transcoded layers are not kept for the next start: %s", problem)
+        return
+    if removed:
+        log.info("Tessera: %s removed from %s, which is to hold at most %.3g GB (Settings, Tessera)",
+                 ", ".join(removed), cache.path.parent, settings.cache_limit() / 1e9)  # fmt: skip
 
 
 def plan_lines(patcher) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import folder_paths
 
 MERGE_GUARD, MERGE_GUARD_VARIABLE = "Tessera.MergeGuard", "TESSERA_MERGE_GUARD"
+CACHE_LIMIT, CACHE_LIMIT_GB = "Tessera.CacheLimit", 100
 USER = "default"  # with --multi-user too: a patch does not say whose workflow it is from
 
 
@@ -23,12 +24,25 @@ def merge_guard() -> bool:
         if told not in ("0", "1"):
             raise ValueError(f"{MERGE_GUARD_VARIABLE} is {told!r}; set it to 1 (on) or 0 (off), or remove it")
         return told == "1"
+    return _setting(MERGE_GUARD) is not False
+
+
+def cache_limit() -> int | None:
+    """Bytes that transcoded layers may take on disk, from the setting in GB (10^9 bytes); None: no limit."""
+    gigabytes = _setting(CACHE_LIMIT)
+    if isinstance(gigabytes, bool) or not isinstance(gigabytes, int | float) or not 0 <= gigabytes < 1e9:
+        gigabytes = CACHE_LIMIT_GB  # never set, or not by the settings dialog
+    return int(gigabytes * 1e9) or None
+
+
+def _setting(name: str):
+    """What the user has set; None where nothing was, which is the default that web/tessera.js names."""
     file = Path(folder_paths.get_user_directory()) / USER / "comfy.settings.json"
     try:
         stat = file.stat()
     except OSError:  # nobody has changed a setting yet
-        return True
-    return _read(file, stat.st_mtime_ns, stat.st_size).get(MERGE_GUARD) is not False
+        return None
+    return _read(file, stat.st_mtime_ns, stat.st_size).get(name)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,11 +4,16 @@ import { app } from "./frontend.js"
 import { COUNTERPARTS, replaceable, swap } from "./swap_text.js"
 import { loadWords, word } from "./words.js"
 
-const LABEL = "Use Tessera loaders"
-
 app.registerExtension({
   name: "tessera.swap",
-  commands: [{ id: "Tessera.UseLoaders", label: LABEL, icon: "pi pi-arrow-right-arrow-left", function: () => useLoaders() }],
+  commands: [
+    {
+      id: "Tessera.UseLoaders",
+      label: "Use Tessera loaders",
+      icon: "pi pi-arrow-right-arrow-left",
+      function: () => useLoaders(),
+    },
+  ],
   menuCommands: [{ path: ["Edit"], commands: ["Tessera.UseLoaders"] }],
   setup: loadWords,
   getCanvasMenuItems() {
@@ -20,9 +25,13 @@ app.registerExtension({
   },
 })
 
+function title() {
+  return word("use_loaders", "Use Tessera loaders")
+}
+
 /** @param {() => void} callback */
 function item(callback) {
-  return { content: word("use_loaders", LABEL), callback }
+  return { content: title(), callback }
 }
 
 /** All nodes of a graph and of the subgraphs in it. @param {any} graph @returns {any[]} */
@@ -97,7 +106,7 @@ function say(replaced, left) {
   lines.push(...counted(stay).map((text) => word("swap_left", "Left as it is: {0}", text)))
   if (!lines.length) lines.push(word("swap_none", "There is no loader to replace."))
   const severity = replaced.length ? "success" : "info"
-  app.extensionManager.toast.add({ severity, summary: word("use_loaders", LABEL), detail: lines.join("\n"), life: 8000 })
+  app.extensionManager.toast.add({ severity, summary: title(), detail: lines.join("\n"), life: 8000 })
 }
 
 /** @param {string} type */
