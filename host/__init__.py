@@ -19,6 +19,7 @@ from .inspection import Inspection, inspect
 from .jobs import Live
 from .loading import load_clip, load_diffusion_model, plan_text, plans, transcoded_folder
 from .memory import ModelSource, clip_source, model_source
+from .precision import schedule_precision
 from .probing import ACTIVATIONS as PROBED_ACTIVATIONS
 from .probing import Budget, measure
 from .recording import ProbeCall, Recorder, RecordOptions, calibration_of, record
@@ -48,5 +49,6 @@ __all__ = [
     "full_path", "inspect", "lacks_branch", "listed_name", "load_clip", "load_diffusion_model", "lora_beside",
     "make_room", "measure", "merged_hint", "mismatch", "model_source", "new_calibration_path", "new_recipe_path",
     "output_path", "plan_text", "plans", "quantized_layers", "recipes_folder", "record", "register_routes", "say",
+    "schedule_precision",
     "surveyed", "sweep", "transcoded_folder",
 ]  # fmt: skip
