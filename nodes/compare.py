@@ -32,7 +32,8 @@ class Compare(io.ComfyNode):
                 io.Float.Output("psnr", display_name="PSNR", tooltip="dB, more is nearer; infinite if they are equal."),
                 io.Float.Output("ssim", display_name="SSIM", tooltip="1 is equal; not a number for pictures below 11 "
                                 "pixels."),
-                io.Float.Output("relative_l2", display_name="relative L2", tooltip="Length of b - a over the length of a; 0 is equal."),
+                io.Float.Output("relative_l2", display_name="relative L2", tooltip="Length of b - a over "
+                                "that of a; 0 is equal."),
                 io.Float.Output("cosine", display_name="cosine", tooltip="1 is the same direction."),
             ],
             hidden=[io.Hidden.unique_id],
