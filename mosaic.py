@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .checkpoint import LAYER_ERRORS, Checkpoint
 from .contents import LAYER_OUTPUTS
 from .quantization.layer_map import KEEP, label
-from .tiles import FILE, INSPECTED, JOB, OUTPUT, PLAN, SHARE, WEIGHT, Mosaic, Tile
+from .tiles import FILE, INSPECTED, JOB, OUTPUT, PLAN, SHARE, WEIGHT, Mosaic, Tile, gigabytes, percent
 
 if TYPE_CHECKING:
     from .job import Job
@@ -204,11 +204,3 @@ def _bits(nbytes: int, shapes: Mapping[str, Sequence[int]]) -> str:
 
 def _root(damage: float | None) -> float | None:
     return None if damage is None else damage**0.5
-
-
-def gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.3g} %"

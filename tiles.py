@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 VERSION = 1
 PLAN, JOB, LOADED, INSPECTED, FILE = "plan", "job", "loaded", "inspected", "file"
 WEIGHT, OUTPUT, SHARE = "weight error", "output error", "share of the model's error"  # what a tile's error is of
+EXACT = (KEEP, "bf16", "fp16", "fp32")  # formats that are no quantization
 MOST_OPTIONS = 2200  # of all layers in a payload, so that 300 layers take less than 100 kB
 
 
@@ -50,7 +51,7 @@ class Tile:
 
     @property
     def quantized(self) -> bool:
-        return self.format not in (KEEP, "bf16", "fp16", "fp32")
+        return self.format not in EXACT
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,11 @@ def _most_first(ran: Mapping[str, int]) -> list[tuple[str, int]]:
 def _rounded(value: float | None) -> float | None:
     """To four digits; None for what is no number, which JSON does not have."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.3g} %"

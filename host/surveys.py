@@ -36,7 +36,7 @@ class _Last:
 
 
 def surveyed(
-    patcher, menu: Menu, recorded=None, budget: Budget = Budget(), activations: str = "auto",
+    patcher, menu: Menu, recorded, budget: Budget, activations: str = "auto",
     progress: Callable[[Step], None] = lambda step: None,
 ) -> Survey:  # fmt: skip
     """What `measure` gives for the same arguments, measured anew only if the model, its LoRAs, what was recorded, the
