@@ -23,7 +23,7 @@ app.registerExtension({
 })
 
 /** The node that the server calls "57:30": node 30 of the subgraph that node 57 is. @param {string | number} id */
-function find(id) {
+export function find(id) {
   let graph = app.rootGraph ?? app.graph
   const [last, ...folders] = String(id).split(":").reverse()
   for (const folder of folders.reverse()) graph = graph?.getNodeById(Number(folder))?.subgraph

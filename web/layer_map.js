@@ -1,64 +1,46 @@
 // @ts-check
-/** The layer map's view: blocks along x, kinds of layers along y, a tile per layer, and what is known of the one in hand. */
+/** The layer map: what each layer of a model is stored in, what that costs and how it runs, to look at and, in a plan, to paint. */
 import { addStyle, element, keepInside, name } from "./dom.js"
+import { brush } from "./layer_map_brush.js"
 import { schemes } from "./layer_map_colours.js"
-import { arrange, describe, flags, lines, parse, shortNames } from "./layer_map_data.js"
+import { costliest, describe, parse, percent } from "./layer_map_data.js"
+import { tileGrid } from "./layer_map_grid.js"
 import { STYLE } from "./layer_map_style.js"
 
-const GAP = 9 // between bands
-const TILE = { least: 8, most: 18, letter: 10 } // widths in pixels
 const HINT = "Point at a tile, or walk with the arrow keys, to read about a layer."
+const PAINT = "Choose a format to paint with, then click or drag over tiles, a row's name or a block's number. Right-click: as planned."
 
 /**
  * @typedef {{ get: () => string, set: (text: string) => void }} Edits
- * @param {{ editable?: Edits, onHeight?: () => void }} [options]
+ * @typedef {import("./layer_map_data.js").Layer} Layer
+ * @param {{ editable?: Edits, onHeight?: () => void, width?: () => number }} [options] width: of the map, while it is not on the page
  */
-export function layerMap({ editable, onHeight = () => {} } = {}) {
+export function layerMap({ editable, onHeight = () => {}, width: guess = () => 440 } = {}) {
   addStyle("tessera-map-style", STYLE)
-  const part = (/** @type {string} */ word, tag = "div") => {
-    const made = document.createElement(tag)
-    made.className = made.dataset.part = word
-    return made
-  }
-  const message = part("message", "p")
-  const facts = part("facts", "dl")
-  const bar = part("bar")
-  const legend = part("legend")
-  const grid = part("grid")
-  const details = part("details")
+  const [message, facts, bar, legend, details, notes] = ["p", "dl", "div", "div", "div", "p"].map((tag) => document.createElement(tag))
+  for (const [part, made] of Object.entries({ message, facts, bar, legend, details, notes })) made.className = made.dataset.part = part
+  const grid = tileGrid({ point: tell, stroke, end: () => editor?.end(), escape: () => editor?.drop() })
+  const editor = editable && brush(editable, { redraw, say: note })
   const inner = element("div", { className: "inner" })
   const root = keepInside(element("div", { className: "tessera-map" }, [inner]))
   root.dataset.part = "layer-map"
-  grid.setAttribute("role", "grid")
+  const group = `tessera-map-${++made}`
 
   /** @type {import("./layer_map_data.js").LayerMap | null} */
   let map = null
-  /** @type {import("./layer_map_data.js").Panel[]} */
-  let panels = []
   /** @type {import("./layer_map_colours.js").Scheme[]} */
   let ways = []
   let by = "format"
-  /** @type {HTMLElement[]} by layer */
-  let tiles = []
-  /** @type {number[][]} layers as they stand on the page, row by row, -1 for none */
-  let places = []
-  let inHand = 0 // the layer that has the keyboard
-  let width = 460
-  let shape = "" // of the lines as they are built
+  let width = 0
   let high = 40
 
-  function show(/** @type {any} */ payload) {
+  /** @param {any} payload as in tiles.py; null: nothing is known yet */
+  function show(payload) {
     map = payload ? parse(payload) : null
-    panels = map ? arrange(map.layers.map((layer) => layer.name)) : []
-    inHand = panels[0]?.bands[0]?.columns[0]?.cells.find((cell) => cell !== undefined) ?? 0
-    shape = ""
-    say([])
-    draw()
-  }
-
-  function draw() {
-    if (!map) inner.replaceChildren(message)
-    else inner.replaceChildren(...(message.textContent ? [message] : []), facts, bar, legend, grid, details)
+    grid.show(map ? map.layers.map((layer) => layer.name) : [])
+    editor?.load(map)
+    message.textContent = ""
+    arrangeParts()
     if (map) {
       recolour()
       place()
@@ -67,253 +49,167 @@ export function layerMap({ editable, onHeight = () => {} } = {}) {
     measure()
   }
 
-  function say(/** @type {string[]} */ words, /** @type {"error" | "note"} */ tone = "note") {
+  function arrangeParts() {
+    const tools = editor && map?.editable ? [editor.tools, notes] : []
+    const said = message.textContent ? [message] : []
+    inner.replaceChildren(...said, ...(map ? [facts, bar, legend, ...tools, grid.element, details] : []))
+    grid.element.classList.toggle("editable", tools.length > 0)
+  }
+
+  /** A sentence instead of the map, or above it. @param {string[]} words @param {"error" | "note"} tone */
+  function say(words, tone = "note") {
     message.textContent = words.join("\n")
     message.classList.toggle("error", tone === "error")
     message.setAttribute("role", tone === "error" ? "alert" : "status")
-    if (!map || Boolean(message.textContent) !== message.isConnected) arrangeParts()
+    arrangeParts()
     measure()
   }
 
-  function arrangeParts() {
-    if (map) message.textContent ? inner.prepend(message) : message.remove()
-    else inner.replaceChildren(message)
+  function note(/** @type {string[]} */ problems) {
+    notes.textContent = problems.join("\n")
+    notes.hidden = !problems.length
   }
 
-  /** What the layers are coloured by: choices, legend, tiles. */
-  function recolour() {
+  /** What the layers are coloured by: choices, legend, tiles. @param {number[]} [only] */
+  function recolour(only) {
     if (!map) return
+    const before = JSON.stringify(ways.find((one) => one.id === by)?.scale)
+    const ids = ways.map((one) => one.id).join()
     ways = schemes(map)
-    if (!ways.some((way) => way.id === by)) by = "format"
-    facts.replaceChildren(...map.facts.map(([label, value]) => {
-      return element("div", {}, [element("dt", { textContent: label }), element("dd", { textContent: value, title: value })])
-    })) // prettier-ignore
-    const group = name(element("span", { className: "by" }), "by", "Colour by")
-    group.setAttribute("role", "radiogroup")
-    group.append(...ways.map((way) => {
-      const radio = element("input", { type: "radio", name: group_, value: way.id, checked: way.id === by })
-      return element("label", {}, [name(radio, `by-${way.id}`, `Colour by ${way.label.toLowerCase()}`), way.label])
-    })) // prettier-ignore
-    bar.replaceChildren(...(ways.length > 1 ? [group] : []))
+    if (!ways.some((one) => one.id === by)) by = "format"
+    drawFacts()
+    if (ways.map((one) => one.id).join() !== ids || !only) drawChoices()
     drawLegend()
-    paint()
+    paint(JSON.stringify(way().scale) === before ? only : undefined)
   }
-  const group_ = `tessera-map-${++made}`
 
   function way() {
     return ways.find((one) => one.id === by) ?? ways[0]
   }
 
+  function drawFacts() {
+    const rows = editor && map?.editable ? editor.facts() : (map?.facts ?? []).map(([label, value]) => [label, value, ""])
+    const shown = rows.map(([label, value, change]) => {
+      const said = element("dd", { textContent: value, title: value })
+      if (change) said.append(element("span", { className: "change", textContent: change, title: "compared with the plan before edits" }))
+      said.dataset.part = `fact-${label.replaceAll(" ", "-")}`
+      return element("div", {}, [element("dt", { textContent: label }), said])
+    })
+    facts.replaceChildren(...shown)
+  }
+
+  function drawChoices() {
+    const choices = name(element("span", { className: "by" }), "by", "Colour by")
+    choices.setAttribute("role", "radiogroup")
+    const labels = ways.map((one) => {
+      const radio = element("input", { type: "radio", name: group, value: one.id, checked: one.id === by })
+      return element("label", {}, [name(radio, `by-${one.id}`, `Colour by ${one.label.toLowerCase()}`), one.label])
+    })
+    choices.append(...labels)
+    bar.replaceChildren(element("span", { className: "quiet", textContent: "Colour" }), choices)
+    bar.hidden = ways.length < 2
+  }
+
   function drawLegend() {
-    if (!map) return
     const { entries, scale } = way()
-    const item = (/** @type {string} */ style, /** @type {string} */ mark, /** @type {string} */ label, /** @type {number} */ count, key = label) => {
-      const made = element("span", { className: "entry" }, [
-        element("span", { className: `swatch ${style}`, textContent: mark }),
-        element("span", { textContent: label }),
-        element("b", { textContent: String(count) }),
-      ])
-      made.dataset.part = "legend-entry"
-      made.dataset.key = key
-      return made
-    }
-    const shown = entries.map(({ style, mark, label, count, key }) => item(style, mark, label, count, key))
+    const shown = entries.map(({ style, mark, label, count, key }) => entry(style, mark, label, count, key))
     if (scale) {
-      shown.push(
-        element("span", { className: "entry" }, [scale.low, element("span", { className: "ramp" }), scale.high, scale.log ? "(log scale)" : ""]),
-      )
-      if (scale.none) shown.push(item("none", "", "not known", scale.none))
+      const ramp = element("span", { className: "ramp" })
+      shown.push(element("span", { className: "entry" }, [scale.low, ramp, scale.high, scale.log ? "(logarithmic)" : ""]))
+      if (scale.none) shown.push(entry("none", "", "unknown", scale.none, "none"))
     }
-    const branches = map.layers.filter((layer) => layer.rank).length
-    if (branches) shown.push(item("branch f-keep", "", "with a correction", branches, "branch"))
+    const [branches, edited] = [map?.layers.filter((layer) => layer.rank), map?.layers.filter((layer) => layer.edited)]
+    if (branches?.length) shown.push(entry("branch", "", "with a correction", branches.length, "branch"))
+    if (edited?.length) shown.push(entry("edited", "", "edited", edited.length, "edited"))
     legend.replaceChildren(...shown)
   }
 
-  /** Builds the lines where they have changed, and gives every column its width. */
+  /** @param {string} style @param {string} mark @param {string} label @param {number} count @param {string} key */
+  function entry(style, mark, label, count, key) {
+    const swatch = element("span", { className: `swatch ${style}`, textContent: mark })
+    const number = element("b", { textContent: String(count) })
+    const made = element("span", { className: "entry" }, [swatch, element("span", { textContent: label }), number])
+    made.dataset.part = "legend-entry"
+    made.dataset.key = key
+    return made
+  }
+
   function place() {
-    if (!map) return
-    const longest = Math.max(...panels.flatMap((panel) => panel.rows.map((row) => row.length)))
-    const label = Math.round(Math.min(Math.max(44, 5.4 * longest + 8), 0.29 * width))
-    const room = width - label - 2
-    const rows = panels.reduce((sum, panel) => sum + panel.rows.length, 0)
-    const dense = rows > 60
-    const split = panels.map((panel) => lines(panel, room, dense ? 5 : TILE.least, GAP))
-    const fits = split.flat().map((line) => {
-      const columns = line.reduce((sum, band) => sum + band.columns.length, 0)
-      return (room - GAP * (line.length - 1)) / columns
-    })
-    const wide = Math.max(3, Math.floor(2 * Math.min(TILE.most, ...fits)) / 2)
-    const tall = dense ? 9 : Math.min(16, Math.max(13, Math.round(wide)))
-    grid.style.setProperty("--label", `${label}px`)
-    grid.style.setProperty("--wide", `${wide}px`)
-    grid.style.setProperty("--high", `${tall}px`)
-    grid.style.setProperty("--gap", `${GAP}px`)
-    grid.classList.toggle("small", wide < TILE.letter || dense)
-    grid.classList.toggle("dense", dense)
-    const now = JSON.stringify([dense, wide >= 13, split.map((some) => some.map((line) => line.map((band) => band.columns.length)))])
-    if (now !== shape) build(split, wide)
-    shape = now
-    plantFlags(split, wide, room)
+    if (map && grid.place(width || guess())) paint()
   }
 
-  /** @param {import("./layer_map_data.js").Band[][][]} split @param {number} wide */
-  function build(split, wide) {
-    const all = document.createDocumentFragment()
-    tiles = []
-    places = []
-    split.forEach((some, at) => some.forEach((line) => all.append(buildLine(panels[at], line, wide))))
-    grid.replaceChildren(all)
-    paint()
-  }
-
-  /** @param {import("./layer_map_data.js").Panel} panel @param {import("./layer_map_data.js").Band[]} line @param {number} wide */
-  function buildLine(panel, line, wide) {
-    const box = element("div", { className: "panel" })
-    box.setAttribute("role", "rowgroup")
-    box.append(element("div", { className: "flags" }))
-    const numbers = element("div", { className: "numbers" })
-    numbers.setAttribute("role", "row")
-    numbers.append(element("span", { className: "rowlabel" }))
-    const counted = line.some((band) => band.columns.some((column) => column.number !== null))
-    line.forEach((band, n) => {
-      if (n) numbers.append(element("span", { className: "space" }))
-      numbers.append(...band.columns.map((column) => number(column, band, wide)))
-    })
-    if (counted) box.append(numbers)
-    panel.rows.forEach((kind, row) => {
-      const shown = element("div", { className: "line" })
-      shown.setAttribute("role", "row")
-      const label = element("span", { className: "rowlabel", textContent: kind, title: kind })
-      label.setAttribute("role", "rowheader")
-      label.dataset.part = "row"
-      shown.append(label)
-      /** @type {number[]} */
-      const cells = []
-      line.forEach((band, n) => {
-        if (n) shown.append(element("span", { className: "space" }))
-        for (const column of band.columns) {
-          const layer = column.cells[row]
-          cells.push(layer ?? -1)
-          shown.append(layer === undefined ? element("span", { className: "hole" }) : tile_(layer))
-        }
-      })
-      places.push(cells)
-      box.append(shown)
-    })
-    return box
-  }
-
-  /** @param {{ number: number | null, cells: (number | undefined)[] }} column @param {import("./layer_map_data.js").Band} band @param {number} wide */
-  function number(column, band, wide) {
-    const text = column.number === null ? "" : String(column.number)
-    const shown = wide >= 13 || (column.number ?? 1) % 5 === 0
-    const made = element("span", { textContent: shown ? text : "", title: band.stack ? `${band.stack}.${text}` : "" })
-    made.setAttribute("role", "columnheader")
-    made.dataset.part = "column"
-    made.dataset.layers = column.cells.filter((cell) => cell !== undefined).join(" ")
-    return made
-  }
-
-  function tile_(/** @type {number} */ layer) {
-    const made = document.createElement("span")
-    made.setAttribute("role", "gridcell")
-    made.tabIndex = layer === inHand ? 0 : -1
-    made.dataset.part = "tile"
-    made.dataset.layer = String(layer)
-    tiles[layer] = made
-    return made
-  }
-
-  /** Names of bands above their columns. @param {import("./layer_map_data.js").Band[][][]} split @param {number} wide @param {number} room */
-  function plantFlags(split, wide, room) {
-    const boxes = [...grid.querySelectorAll(".flags")]
-    split.forEach((some, at) => {
-      const names = shortNames(panels[at].bands.map((band) => band.stack))
-      const called = new Map(panels[at].bands.map((band, n) => [band.stack, names[n]]))
-      for (const line of some) {
-        const box = /** @type {HTMLElement} */ (boxes.shift())
-        let x = 0
-        const starts = line.map((band) => {
-          const start = x
-          x += band.columns.length * wide + GAP
-          return { x: start, width: 5.6 * (called.get(band.stack)?.length ?? 0) + 8 }
-        })
-        const placed = flags(starts, room)
-        const levels = Math.max(0, ...placed.map((flag) => flag.level)) + 1
-        const shown = placed.flatMap((flag, n) => {
-          const text = called.get(line[n].stack) ?? ""
-          if (!text) return []
-          const label = element("span", { textContent: text, title: line[n].stack })
-          const top = 12 * (levels - 1 - flag.level)
-          Object.assign(label.style, { left: `${flag.left}px`, top: `${top}px`, maxWidth: `${room - flag.left}px` })
-          const leader = element("i")
-          Object.assign(leader.style, { left: `${flag.x}px`, top: `${top}px`, height: `${12 * (flag.level + 1) + 9}px` })
-          return [leader, label]
-        })
-        box.style.height = shown.length ? `${12 * levels}px` : "0"
-        box.replaceChildren(...shown)
-      }
-    })
-  }
-
-  function paint(only = tiles.keys()) {
+  /** @param {Iterable<number>} [only] */
+  function paint(only = grid.tiles().keys()) {
     if (!map) return
     const { of } = way()
+    const tiles = grid.tiles()
     for (const index of only) {
       const [layer, made] = [map.layers[index], tiles[index]]
       if (!layer || !made) continue
       const [style, mark] = of(layer)
-      const marks = [layer.rank && "branch", layer.edited && "edited", layer.state].filter(Boolean)
-      made.className = ["tile", style, ...marks].join(" ")
+      const marks = [layer.rank && "branch", layer.edited && "edited", editor?.fixed(index) && "fixed", layer.state]
+      made.className = ["tile", style, ...marks].filter(Boolean).join(" ")
       made.textContent = mark
       made.setAttribute("aria-label", `${layer.name}: ${describe(layer, map).lines.join("; ")}`)
     }
   }
 
+  /** After edits: these layers, or all, look different. @param {number[]} [only] */
+  function redraw(only) {
+    if (only?.length !== 0) recolour(only)
+    grid.element.classList.toggle("painting", Boolean(editor?.held()))
+    measure()
+  }
+
+  /** @param {number[]} layers @param {boolean} erase */
+  function stroke(layers, erase) {
+    if (!editor || !map?.editable || (!erase && !editor.held())) return false
+    editor.paint(layers, erase)
+    if (layers.length === 1) tell(layers[0])
+    return true
+  }
+
   /** @param {number | null} index */
   function tell(index) {
+    const layer = index === null ? null : map?.layers[index]
     if (!map) return
-    const layer = index === null ? null : map.layers[index]
-    if (!layer) return details.replaceChildren(element("div", { textContent: HINT }))
+    if (!layer) return details.replaceChildren(...idle(map))
     const { name, lines } = describe(layer, map)
+    const refusal = editor?.refusal(layer.index)
+    const told = refusal ? [...lines.filter((line) => !layer.reason || !line.includes(layer.reason)), refusal] : lines
     details.replaceChildren(
-      element("div", { className: "name", textContent: name }),
-      ...lines.map((text, n) => element("div", { className: n === lines.length - 1 ? "last" : "", textContent: text, title: text })),
+      element("div", { className: "name", textContent: name, title: name }),
+      ...told.map((text, n) => element("div", { className: n === told.length - 1 ? "last" : "", textContent: text, title: text })),
     )
+  }
+
+  /** What is worth knowing while nothing is pointed at. @param {import("./layer_map_data.js").LayerMap} map */
+  function idle(map) {
+    const worst = costliest(map, 3).map((layer) => {
+      const share = element("b", { textContent: percent(layer.corrected ?? layer.error ?? 0) })
+      return element("div", {}, [share, ` ${layer.name}`])
+    })
+    const hint = element("div", { className: "last", textContent: editor && map.editable ? PAINT : HINT })
+    return worst.length > 1 ? [element("div", { textContent: `Largest ${map.measure}:` }), ...worst.slice(0, editor && map.editable ? 2 : 3), hint] : [hint]
+  }
+
+  /** One layer has changed, for instance as a job has done it. @param {string} layerName @param {Partial<Layer>} values */
+  function tile(layerName, values) {
+    const layer = map?.layers.find((one) => one.name === layerName)
+    if (!layer) return
+    Object.assign(layer, { state: "" }, values)
+    const weights = layer.shape.reduce((product, size) => product * size, 1)
+    if (values.nbytes && values.bits === undefined) layer.bits = (8 * values.nbytes) / weights
+    recolour([layer.index])
   }
 
   function measure() {
     const now = inner.offsetHeight || high
-    if (now !== high) {
-      high = now
-      onHeight()
-    }
+    if (now === high) return
+    high = now
+    onHeight()
   }
 
-  function layerAt(/** @type {EventTarget | null} */ target) {
-    const found = target instanceof Element ? target.closest("[data-layer]") : null
-    return found instanceof HTMLElement ? Number(found.dataset.layer) : null
-  }
-
-  grid.addEventListener("pointerover", (event) => {
-    const layer = layerAt(event.target)
-    if (layer !== null) tell(layer)
-  })
-  grid.addEventListener("pointerleave", () => tell(grid.contains(document.activeElement) ? inHand : null))
-  grid.addEventListener("focusin", (event) => {
-    const layer = layerAt(event.target)
-    if (layer === null) return
-    if (tiles[inHand]) tiles[inHand].tabIndex = -1
-    inHand = layer
-    tiles[layer].tabIndex = 0
-    tell(layer)
-  })
-  grid.addEventListener("keydown", (event) => {
-    const to = step(event.key, event.ctrlKey)
-    if (to === null) return
-    event.preventDefault()
-    tiles[to]?.focus()
-  })
   bar.addEventListener("change", (event) => {
     if (!(event.target instanceof HTMLInputElement)) return
     by = event.target.value
@@ -321,55 +217,15 @@ export function layerMap({ editable, onHeight = () => {} } = {}) {
     paint()
     measure()
   })
-
-  /** The layer that a key leads to from the one in hand; null for any other key. @param {string} key @param {boolean} far */
-  function step(key, far) {
-    const row = places.findIndex((cells) => cells.includes(inHand))
-    if (row < 0) return null
-    const column = places[row].indexOf(inHand)
-    const there = (/** @type {number} */ r, /** @type {number} */ c) => {
-      const cells = places[r] ?? []
-      const near = cells.map((layer, at) => [Math.abs(at - c), layer]).filter(([, layer]) => layer >= 0)
-      return near.length ? near.reduce((a, b) => (b[0] < a[0] ? b : a))[1] : inHand
-    }
-    const along = (/** @type {number} */ by) => {
-      let at = column + by
-      while (places[row][at] === -1) at += by
-      return places[row][at] ?? inHand
-    }
-    const row_ = places[row].filter((layer) => layer >= 0)
-    if (key === "ArrowLeft") return along(-1)
-    if (key === "ArrowRight") return along(1)
-    if (key === "ArrowUp") return row ? there(row - 1, column) : inHand
-    if (key === "ArrowDown") return row < places.length - 1 ? there(row + 1, column) : inHand
-    if (key === "Home") return far ? there(0, 0) : row_[0]
-    if (key === "End") return far ? there(places.length - 1, 1e6) : (row_.at(-1) ?? inHand)
-    return null
-  }
-
-  /** One layer has changed: what a job sends when it is done. @param {string} layerName @param {Partial<import("./layer_map_data.js").Layer>} values */
-  function tile(layerName, values) {
-    const layer = map?.layers.find((one) => one.name === layerName)
-    if (!map || !layer) return
-    Object.assign(layer, { state: "" }, values)
-    if (values.nbytes && layer.shape.length === 2) layer.bits = (8 * values.nbytes) / (layer.shape[0] * layer.shape[1])
-    const before = JSON.stringify(way().scale)
-    ways = schemes(map)
-    drawLegend()
-    paint(JSON.stringify(way().scale) === before ? [layer.index] : undefined)
-  }
-
   new ResizeObserver(() => {
-    if (root.clientWidth > 80 && root.clientWidth !== width) {
-      width = root.clientWidth
-      place()
-    }
-    measure()
+    if (root.clientWidth < 80 || root.clientWidth === width) return // hidden
+    width = root.clientWidth
+    place()
   }).observe(root)
   new ResizeObserver(measure).observe(inner)
 
-  say([])
-  return { element: root, show, tile, say, height: () => high }
+  note([])
+  return { element: root, show, tile, say, height: () => high, look: () => editor?.look() }
 }
 
 let made = 0 // maps on the page, for the names of their radio groups

@@ -77,17 +77,18 @@ export function arrange(names) {
   return other.length ? [...panels, { rows: ["other"], bands: [last] }] : panels
 }
 
-/** @typedef {{ stack: string, number: number, kind: string }} Place */
+/** @typedef {{ at: number, stack: string, number: number, kind: string }} Place */
 
 /** Where every name stands, by the number in it that counts blocks. @param {string[]} names @returns {(Place | null)[]} */
 function choosePlaces(names) {
   const candidates = names.map(readings)
+  const templates = names.map((name) => name.replace(/(^|\.)\d+(?=\.|$)/g, "$1#"))
   const members = tally(candidates.flat(), (place) => place.stack)
   /** @type {Map<string, { cells: number, stacks: Map<string, [Set<number>, Set<string>]> }>} by template and position */
   const grids = new Map()
-  names.forEach((name, index) => {
+  names.forEach((_, index) => {
     candidates[index].forEach((place) => {
-      const key = template(name, place)
+      const key = `${place.at} ${templates[index]}` // names alike but for numbers, read at the same place
       const grid = grids.get(key) ?? { cells: 0, stacks: new Map() }
       const [columns, rows] = grid.stacks.get(place.stack) ?? [new Set(), new Set()]
       grid.cells += 1
@@ -95,12 +96,12 @@ function choosePlaces(names) {
       grids.set(key, grid)
     })
   })
-  return names.map((name, index) => {
+  return names.map((_, index) => {
     /** @type {Place | null} */
     let best = null
     let most = 0
     for (const place of candidates[index]) {
-      const { cells, stacks } = /** @type {any} */ (grids.get(template(name, place)))
+      const { cells, stacks } = /** @type {any} */ (grids.get(`${place.at} ${templates[index]}`))
       const sizes = [...stacks.values()].map(([columns, rows]) => [columns.size, rows.size])
       const area = sizes.reduce((sum, [columns, rows]) => sum + columns * rows, 0)
       const repeated = sizes.some(([columns]) => columns > 1)
@@ -117,14 +118,9 @@ function readings(name) {
   const parts = name.split(".")
   const found = parts.flatMap((part, at) => {
     if (!/^\d{1,6}$/.test(part) || at === parts.length - 1) return [] // a last number is a place in a Sequential
-    return [{ stack: parts.slice(0, at).join("."), number: Number(part), kind: parts.slice(at + 1).join(".") }]
+    return [{ at, stack: parts.slice(0, at).join("."), number: Number(part), kind: parts.slice(at + 1).join(".") }]
   })
   return found
-}
-
-/** Names alike but for numbers, read at the same place. @param {string} name @param {Place} place */
-function template(name, place) {
-  return `${place.stack.split(".").length} ${name.replace(/(^|\.)\d+(?=\.|$)/g, "$1#")}`
 }
 
 /** @param {string} stack @param {{ number: number, kind: string, index: number }[]} members @returns {Band & { kinds: string[] }} */
@@ -168,9 +164,11 @@ export function shortNames(stacks) {
   return parts.map((words) => words.slice(0, words.length - drop).join("."))
 }
 
+const collator = new Intl.Collator("en", { numeric: true })
+
 /** @param {string} a @param {string} b */
 export function natural(a, b) {
-  return a.localeCompare(b, "en", { numeric: true })
+  return collator.compare(a, b)
 }
 
 /**
@@ -234,7 +232,7 @@ export function tally(items, by) {
 
 /** A layer in words: name, what it is, what it cost, how it runs, why. @param {Layer} layer @param {LayerMap} map @returns {{ name: string, lines: string[] }} */
 export function describe(layer, map) {
-  const what = [format(layer), `${layer.bits.toFixed(2)} bits`, bytes(layer.nbytes), layer.shape.join(" × ")]
+  const what = [format(layer), `${layer.bits.toFixed(2)} bits per weight`, bytes(layer.nbytes), layer.shape.join(" × ")]
   const cost = []
   if (layer.error !== null) cost.push(`${map.measure} ${percent(layer.error)}${corrected(layer)}`)
   else if (layer.rank) cost.push(branch(layer))
@@ -275,4 +273,10 @@ export function percent(value) {
 export function bytes(value) {
   const [unit, size] = value >= 1e9 ? ["GB", 1e9] : value >= 1e6 ? ["MB", 1e6] : value >= 1e3 ? ["kB", 1e3] : ["bytes", 1]
   return `${size === 1 ? value : (value / size).toFixed(2)} ${unit}`
+}
+
+/** The layers whose error is largest, correction included. @param {LayerMap} map @param {number} count */
+export function costliest(map, count) {
+  const error = (/** @type {Layer} */ layer) => layer.corrected ?? layer.error ?? 0
+  return map.layers.filter((layer) => error(layer)).sort((a, b) => error(b) - error(a)).slice(0, count)
 }

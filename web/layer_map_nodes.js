@@ -1,6 +1,7 @@
 // @ts-check
 /** Puts the layer map into the nodes that show one. */
 import { after } from "./dom.js"
+import { find } from "./errors.js"
 import { api, app } from "./frontend.js"
 import { layerMap } from "./layer_map.js"
 
@@ -10,41 +11,105 @@ const NODES = {
   TesseraPlan: "Run to see what each layer would be packed in; then change it here, layer by layer.",
   TesseraInspect: "Run to see which kernel each layer runs by.",
 }
-const WIDE = 420 // pixels, the least a map is good in
-/** @type {Set<(id: string, node: any) => any>} */
-const failed = new Set()
+const WIDE = 460 // pixels, the least a map is good in
+const SLACK = 28 // by which a node may be taller than it was made without its user having meant it
+/** @type {Map<any, { fail: (message: string) => void, start: () => void, look: () => void }>} by node */
+const maps = new Map()
 
 app.registerExtension({
   name: "tessera.layerMap",
   setup() {
-    api.addEventListener("execution_error", (/** @type {any} */ { detail }) => failed.forEach((hear) => hear(detail.node_id, detail)))
+    api.addEventListener("execution_error", (/** @type {any} */ { detail }) => {
+      maps.get(find(detail.node_id))?.fail(detail.exception_message?.trim() || detail.exception_type)
+    })
+    api.addEventListener("execution_start", () => maps.forEach((map) => map.start()))
   },
   nodeCreated(/** @type {any} */ node) {
     if (node.comfyClass in NODES) attach(node, /** @type {keyof typeof NODES} */ (node.comfyClass))
   },
+  /** Another workflow has come to the front, with what its nodes have made. */
+  onNodeOutputsUpdated() {
+    maps.forEach((map) => map.look())
+  },
 })
+
+/** What a node has last made, where the frontend remembers it. @param {any} node */
+function remembered(node) {
+  const outer = node.graph?.rootGraph ?? node.graph
+  const id = !node.graph || outer === node.graph ? node.id : `${node.graph.id}:${node.id}`
+  return app.nodeOutputs?.[id]?.tessera_map?.[0]
+}
 
 /** @param {any} node @param {keyof typeof NODES} kind */
 function attach(node, kind) {
-  const view = layerMap({ onHeight: fit })
-  view.say([NODES[kind]])
-  node.addDOMWidget("map", "tessera_map", view.element, {
-    serialize: false, hideInPanel: true, getMinHeight: () => view.height() + 12, margin: 6,
-  }) // prettier-ignore
+  const text = node.widgets?.find((/** @type {any} */ widget) => widget.name === "edits")
+  /** @type {any} */
+  let shown = null
+  let failed = false
+  const editable = text && {
+    get: () => String(text.value ?? ""),
+    set: (/** @type {string} */ value) => {
+      text.value = value
+      node.graph?.setDirtyCanvas(true, true)
+    },
+  }
+  const view = layerMap({ editable, onHeight: fit, width: () => node.size[0] - 24 })
 
   /** Makes room for the map, and gives it back unless the user has made the node taller. */
   function fit() {
     if (!node.widgets?.some((/** @type {any} */ widget) => widget.name === "map")) return
     const [width, now] = node.size
     const wanted = node.computeSize()[1]
-    if (now < wanted || now - fitted < 28) node.setSize([width, wanted])
+    if (now < wanted || now - fitted < SLACK) node.setSize([width, wanted])
     fitted = wanted
+    node.graph?.setDirtyCanvas(true, true)
   }
   let fitted = Infinity
 
   function show(/** @type {any} */ payload) {
+    shown = payload
+    failed = false
     if (node.size[0] < WIDE) node.setSize([WIDE, node.size[1]])
     view.show(payload)
+    say()
   }
+
+  /** What there is to say besides the map. */
+  function say() {
+    if (failed) return
+    const linked = node.inputs?.some((/** @type {any} */ slot) => slot.name === "edits" && slot.link != null)
+    if (linked) view.say(["The edits come from the connected node; what is painted here is not used."])
+    else view.say(shown ? [] : [NODES[kind]])
+  }
+
+  function look() {
+    const payload = remembered(node)
+    if (payload && payload !== shown) show(payload)
+    view.look()
+  }
+
+  maps.set(node, {
+    look,
+    fail(/** @type {string} */ message) {
+      failed = true
+      view.say([message], "error")
+    },
+    start() {
+      if (!failed) return
+      failed = false
+      say()
+    },
+  })
+  if (text) {
+    text.hidden = text.options.hidden = true // in LiteGraph, in Nodes 2.0
+    after(text, "callback", view.look)
+  }
+  node.addDOMWidget("map", "tessera_map", view.element, {
+    serialize: false, hideInPanel: true, getMinHeight: () => view.height() + 12, margin: 6,
+  }) // prettier-ignore
   after(node, "onExecuted", (output) => output?.tessera_map?.[0] && show(output.tessera_map[0]))
+  after(node, "onConfigure", look)
+  after(node, "onConnectionsChange", say)
+  after(node, "onRemoved", () => maps.delete(node))
+  say()
 }

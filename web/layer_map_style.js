@@ -33,6 +33,7 @@ export const STYLE = `
 .tessera-map .facts .change { font-size: 11px; font-weight: 400; color: var(--quiet); margin-left: 4px; }
 .tessera-map .bar { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; min-height: 20px; }
 .tessera-map .by { display: inline-flex; border: 1px solid var(--line); border-radius: 5px; overflow: hidden; }
+.tessera-map .bar { gap: 4px 8px; }
 .tessera-map .by label { position: relative; padding: 1px 8px; font-size: 11px; cursor: pointer; color: var(--quiet); }
 .tessera-map .by label + label { border-left: 1px solid var(--line); }
 .tessera-map .by label:has(:checked) { background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); font-weight: 600; }
@@ -50,26 +51,46 @@ export const STYLE = `
 .tessera-map .flags i { position: absolute; width: 1px; background: var(--line); }
 .tessera-map [role="row"] { display: flex; height: var(--high); }
 .tessera-map .numbers { height: 11px; font-size: 8px; color: var(--quiet); }
-.tessera-map .numbers > * { display: grid; place-items: center; width: var(--wide); overflow: visible; box-sizing: border-box; white-space: nowrap; flex: none; line-height: 1; font-variant-numeric: tabular-nums; }
+.tessera-map .numbers [role="columnheader"] { display: grid; place-items: center; width: var(--wide); white-space: nowrap; flex: none; line-height: 1;
+  font-variant-numeric: tabular-nums; color: transparent; }
+.tessera-map .numbers .shown { color: inherit; }
+.tessera-map .numbers:hover .shown { color: transparent; }
+.tessera-map .numbers [role="columnheader"]:hover { color: var(--input-text, #ddd); }
+.tessera-map .painting :is([role="columnheader"], [role="rowheader"], .tile) { cursor: crosshair; }
+.tessera-map .painting :is([role="columnheader"], [role="rowheader"]):hover { color: var(--accent); }
+.tessera-map .painting .tile.fixed { cursor: not-allowed; }
+.tessera-map .editable .tile.fixed { opacity: 0.5; }
+.tessera-map .tools { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
+.tessera-map .tools .push { flex: 1; }
+.tessera-map .brush { display: inline-flex; gap: 5px; align-items: center; padding: 0 7px 0 3px; }
+.tessera-map .brush[aria-pressed="true"], .tessera-map [data-part="mode"][aria-pressed="true"] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); font-weight: 600; }
+.tessera-map .tools .text { flex-basis: 100%; height: 74px; padding: 4px 6px; resize: none; font: 11px/1.4 monospace; cursor: text; white-space: pre; }
+.tessera-map .notes { margin: 0; color: var(--error-text, #ff4444); font-size: 11px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.tessera-map [hidden] { display: none !important; }
+.tessera-map .quiet { color: var(--quiet); font-size: 11px; }
 .tessera-map .rowlabel { width: var(--label); flex: none; box-sizing: border-box; padding-right: 6px; overflow: hidden; white-space: nowrap;
   text-overflow: ellipsis; text-align: right; font-size: 10px; line-height: var(--high); color: var(--quiet); }
 .tessera-map .dense .rowlabel { font-size: 8px; }
 .tessera-map .space { width: var(--gap); flex: none; }
 .tessera-map .tile { flex: none; width: var(--wide); height: var(--high); box-sizing: border-box; padding: 0; border: 0 solid transparent; border-width: 0 1px 1px 0;
   background: var(--fill, transparent) padding-box; color: var(--ink, inherit); border-radius: 3px; cursor: default; outline: none; position: relative;
-  display: grid; place-items: center; overflow: hidden; font: 700 9px/1 Inter, Arial, sans-serif; user-select: none; }
+  display: grid; place-items: center; overflow: hidden; font: 600 8px/1 Inter, Arial, sans-serif; user-select: none; }
 .tessera-map .small .tile { font-size: 0; border-radius: 2px; }
 .tessera-map .hole { flex: none; width: var(--wide); }
 .tessera-map .none { --fill: transparent; --ink: var(--quiet); box-shadow: inset 0 0 0 1px var(--line); }
-.tessera-map .swatch.branch, .tessera-map .tile.branch { background-image: linear-gradient(to top, rgba(0, 0, 0, 0.55) 2px, transparent 2px); }
+.tessera-map .swatch.branch { --fill: var(--quiet); background-image: linear-gradient(to top, #111 4px, transparent 4px); }
+.tessera-map .tile.branch { background-image: linear-gradient(to top, rgba(0, 0, 0, 0.55) 2px, transparent 2px); }
 .tessera-map .tile.waiting { opacity: 0.28; }
 .tessera-map .tile.now { box-shadow: inset 0 0 0 2px var(--input-text, #ddd); opacity: 1; }
-.tessera-map .tile.edited::after, .tessera-map .swatch.edited::after { content: ""; position: absolute; inset: 0; border: 2px solid var(--input-text, #ddd); border-radius: 3px; }
+.tessera-map :is(.tile, .swatch).edited::after { content: ""; position: absolute; top: 0; right: 0; width: 6px; height: 6px;
+  background: var(--input-text, #ddd); clip-path: polygon(0 0, 100% 0, 100% 100%); }
+.tessera-map .swatch.edited { --fill: var(--quiet); overflow: hidden; }
 .tessera-map .swatch { position: relative; }
-.tessera-map .tile.chosen { filter: brightness(1.35); outline: 1px dashed var(--input-text, #ddd); outline-offset: -1px; }
+.tessera-map .tile.gathered { filter: brightness(1.35); outline: 1px dashed var(--input-text, #ddd); outline-offset: -1px; }
 .tessera-map .tile:hover, .tessera-map .tile:focus { outline: 2px solid var(--accent); outline-offset: -1px; z-index: 1; overflow: visible; }
-.tessera-map .details { border-top: 1px solid var(--line); padding-top: 5px; height: 66px; overflow: hidden; font-size: 11px; color: var(--quiet); }
+.tessera-map .details { border-top: 1px solid var(--line); padding-top: 5px; height: 76px; overflow: hidden; font-size: 11px; color: var(--quiet); }
 .tessera-map .details div { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.tessera-map .details .shape { float: right; }
 .tessera-map .details .name { color: var(--input-text, #ddd); font-weight: 600; }
 .tessera-map .details .last { white-space: normal; display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; }
 .tessera-map button, .tessera-map select, .tessera-map textarea { box-sizing: border-box; min-width: 0; margin: 0; border: 1px solid var(--line); border-radius: 5px;
