@@ -34,7 +34,7 @@ export function parse(payload) {
       options: payload.options?.[index]?.map((/** @type {any[]} */ [place, rank, nbytes, damage]) => {
         return { format: words(payload.formats, place), rank, nbytes, damage }
       }) ?? null,
-      state: payload.kind === "job" && number(of("error")) === null && !of("done") ? "waiting" : "",
+      state: of("done") === 0 ? "waiting" : "",
     }
   }) // prettier-ignore
   return {

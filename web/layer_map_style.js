@@ -74,21 +74,21 @@ export const STYLE = `
 .tessera-map .space { width: var(--gap); flex: none; }
 .tessera-map .tile { flex: none; width: var(--wide); height: var(--high); box-sizing: border-box; padding: 0; border: 0 solid transparent; border-width: 0 1px 1px 0;
   background: var(--fill, transparent) padding-box; color: var(--ink, inherit); border-radius: 3px; cursor: default; outline: none; position: relative;
-  display: grid; place-items: center; overflow: hidden; font: 600 8px/1 Inter, Arial, sans-serif; user-select: none; }
+  text-align: center; overflow: hidden; font: 600 8px Inter, Arial, sans-serif; line-height: calc(var(--high) - 1px); user-select: none; }
 .tessera-map .small .tile { font-size: 0; border-radius: 2px; }
 .tessera-map .hole { flex: none; width: var(--wide); }
 .tessera-map .none { --fill: transparent; --ink: var(--quiet); box-shadow: inset 0 0 0 1px var(--line); }
-.tessera-map .swatch.branch { --fill: var(--quiet); background-image: linear-gradient(to top, #111 4px, transparent 4px); }
+.tessera-map .swatch.branch { --fill: #8A8A8A; background-image: linear-gradient(to top, #111 4px, transparent 4px); }
 .tessera-map .tile.branch { background-image: linear-gradient(to top, rgba(0, 0, 0, 0.55) 2px, transparent 2px); }
 .tessera-map .tile.waiting { opacity: 0.28; }
 .tessera-map .tile.now { box-shadow: inset 0 0 0 2px var(--input-text, #ddd); opacity: 1; }
 .tessera-map :is(.tile, .swatch).edited::after { content: ""; position: absolute; top: 0; right: 0; width: 6px; height: 6px;
   background: var(--input-text, #ddd); clip-path: polygon(0 0, 100% 0, 100% 100%); }
-.tessera-map .swatch.edited { --fill: var(--quiet); overflow: hidden; }
+.tessera-map .swatch.edited { --fill: #8A8A8A; overflow: hidden; }
 .tessera-map .swatch { position: relative; }
 .tessera-map .tile.gathered { filter: brightness(1.35); outline: 1px dashed var(--input-text, #ddd); outline-offset: -1px; }
 .tessera-map .tile:hover, .tessera-map .tile:focus { outline: 2px solid var(--accent); outline-offset: -1px; z-index: 1; overflow: visible; }
-.tessera-map .details { border-top: 1px solid var(--line); padding-top: 5px; height: 76px; overflow: hidden; font-size: 11px; color: var(--quiet); }
+.tessera-map .details { border-top: 1px solid var(--line); padding-top: 5px; height: 81px; overflow: hidden; font-size: 11px; color: var(--quiet); }
 .tessera-map .details div { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .tessera-map .details .shape { float: right; }
 .tessera-map .details .name { color: var(--input-text, #ddd); font-weight: 600; }
