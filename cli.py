@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 
-from . import saved_inputs
+from . import saved_inputs, shortage
 from .commands import bake, calibrate, doctor, extract_lora, inspect, probe, quantize, verify
+from .mosaic_image import THEMES
 from .quantization import pipeline, recipe
 from .quantization.calibration import MOMENTS
 from .quantization.difference import MAX_RANK, RANK
@@ -21,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         result = arguments.run(arguments)
-    except (ValueError, RuntimeError, OSError) as problem:
-        print(f"tessera: {problem}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError, MemoryError) as problem:
+        print(f"tessera: {shortage.in_words(problem)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("tessera: stopped, nothing was saved", file=sys.stderr)
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--calibration", metavar="FILE", help="statistics: scores are output errors (weight errors)")
     command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu, cuda, ... (cpu)")
     _plan_options(command)
+    _map_options(command, ("format", "error", "sensitivity", "size"))
 
     command = _command(commands, calibrate, "statistics of layer inputs that were saved to a folder")
     command.epilog, command.formatter_class = saved_inputs.__doc__, argparse.RawDescriptionHelpFormatter
@@ -130,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file")
     command.add_argument("--repair", metavar="OUT", help="also write a file in which everything is in order that was "
                          "repaired on reading; never over an existing one")  # fmt: skip
+    _map_options(command, ("format", "error", "size"))
 
     command = _command(commands, doctor, "how each format runs on this device, and what is missing")
     command.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (the first GPU, else cpu)")
@@ -153,6 +156,15 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ranks", help=f"ranks a plan may choose ({','.join(map(str, RANKS))})")
     command.add_argument("--rows", type=int, default=ROWS, help="of each weight that are measured for a plan, evenly "
                          f"spaced; 0: all ({ROWS})")  # fmt: skip
+    command.add_argument("--edits", default="", metavar="TEXT", help="layers of a plan that you decide yourself, in a "
+                         "file or as 'layers.3.** = mxfp8 r32; final_layer.linear = keep'")  # fmt: skip
+
+
+def _map_options(command: argparse.ArgumentParser, colours: tuple[str, ...]) -> None:
+    command.add_argument("--map", metavar="OUT.png", help="also draw the layer map: blocks, kinds of layers, formats; "
+                         "never over an existing file. Needs Pillow")  # fmt: skip
+    command.add_argument("--color", choices=colours, default="format", help="of the map (format)")
+    command.add_argument("--theme", choices=tuple(THEMES), default="light", help="of the map (light)")
 
 
 def _command(commands, run, text: str) -> argparse.ArgumentParser:

@@ -26,12 +26,14 @@ from .quantization import difference, pipeline
 from .quantization.calibration import Calibration, full_precision
 from .quantization.difference import Difference, Wish
 from .quantization.moment import Moment
+from .shortage import Told
 from .source import Digest
 from .version import VERSION
 from .words import first_of
 from .writer import Writer, check_target
 
 METADATA_PER_LAYER = 96
+REMEDY = "close other programs, or leave this layer out with --layers"
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Extraction:
 
     def working_bytes(self) -> int:
         """What the arithmetic needs at once on `device`, at most: some four fp32 copies of the largest layer."""
-        return 4 * 4 * max(map(math.prod, self.comparison.linears.values()), default=0)
+        return max(map(_working_bytes, self.comparison.linears.values()), default=0)
 
     def run(self, progress: Callable[[Step], None] = lambda step: None) -> ExtractionReport:
         """Writes the LoRA, reads it back, then gives it its name; an exception, from `progress` too, leaves nothing.
@@ -79,7 +81,7 @@ class Extraction:
         report = ExtractionReport(
             self.target.name, self.base.name, self.tuned.name, compared.correction, self.wish.tolerance,
             left_out=dict(compared.left_out), warnings=list(self.warnings))  # fmt: skip
-        with ExitStack() as stack, full_precision():
+        with Told(self.tuned.name, self.working_bytes(), REMEDY), ExitStack() as stack, full_precision():
             digests = [stack.enter_context(Digest(path)) for path in (self.base, self.tuned)]
             journal = stack.enter_context(Journal([self.target], self._settings()))
             part = journal.part(self.target)
@@ -179,6 +181,10 @@ class Extraction:
                                  f"{silent[0]}): all their inputs count alike")  # fmt: skip
 
 
+def _working_bytes(shape: tuple[int, int]) -> int:
+    return 4 * 4 * math.prod(shape)
+
+
 @dataclass
 class _Run:
     """One pass over all tensors, into the writer and the report."""
@@ -196,7 +202,8 @@ class _Run:
             left = (time.monotonic() - started) * (total - done) / done if done else None
             label, last = compared.base.label(f"{name}.weight"), report.layers[-1] if report.layers else None
             progress(Step(index, len(linears), name, left, False, label, done / total, last))
-            self.linear(name, shape, vectors.pop(f"{name}.bias", None))
+            with Told(f"{self.job.tuned.name}: {name}", _working_bytes(shape), REMEDY):
+                self.linear(name, shape, vectors.pop(f"{name}.bias", None))
             done += math.prod(shape)
         for name, shape in vectors.items():
             if (plain := self.plain(name, shape)) is not None:

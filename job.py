@@ -27,6 +27,7 @@ from .quantization.patterns import natural
 from .quantization.pipeline import Settings
 from .quantization.recipe import LayerMap, Recipe
 from .quantization.report import LayerReport, Report
+from .shortage import Told
 from .source import Baked, Digest, Source
 from .version import VERSION
 from .workers import Here, Result, Task
@@ -85,7 +86,7 @@ class Job:
 
     def working_bytes(self) -> int:
         """What the arithmetic needs at once on `device`, at most: some six fp32 copies of the largest layer."""
-        return 6 * 4 * max(rows * columns for rows, columns in map(self.contents.shape, self.formats()))
+        return max(workers.working_bytes(*self.contents.shape(name)) for name in self.formats())
 
     def formats(self) -> dict[str, Format]:
         """The format of each layer that changes, by module path, in the model's own order."""
@@ -110,7 +111,7 @@ class Job:
         if done is not None:
             return done
         check_target(self.target, self.overwrite)
-        with Digest(self.source.path) as digest, journal:
+        with Told(self.source.name, self.working_bytes(), workers.REMEDY), Digest(self.source.path) as digest, journal:
             if journal.ready():
                 journal.publish(self.overwrite)
                 return self._found(NAMES_LEFT)
@@ -189,8 +190,10 @@ class Job:
 
     def _weight(self, name: str) -> torch.Tensor:
         """A layer's weight; on its way elsewhere, in the source file's own precision."""
+        needs = workers.working_bytes(*self.contents.shape(name))
         try:
-            weight = self.source.weight(name)
+            with Told(f"{self.source.name}: {name}", needs, workers.REMEDY):
+                weight = self.source.weight(name)
         except ValueError as problem:
             raise ValueError(f"{self.source.name}: {name}: {problem}") from None
         dtype = self.source.tensors[self.contents.key(name, "weight")].dtype

@@ -25,10 +25,12 @@ from .formats import Format
 from .quantization import pipeline
 from .quantization.calibration import Statistics
 from .quantization.pipeline import QuantizedLayer, Settings
+from .shortage import Told
 from .version import VERSION
 
 ROOT = Path(__file__).resolve().parent
 AHEAD = 2  # tasks per worker that are out at a time: one in work, one to go on with
+REMEDY = "close other programs, take fewer --workers, or keep this layer in the recipe"
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,12 @@ def run(task: Task) -> Result:
     """Quantizes a layer. Raises ValueError or RuntimeError naming file and layer."""
     started = time.monotonic()
     try:
-        weight = _source(task.weight).weight(task.name) if isinstance(task.weight, Path) else task.weight
-        weight = weight.float().to(task.device)
-        bias = None if task.bias is None else task.bias.float().to(task.device)
-        layer = pipeline.quantize(task.format, weight, task.settings, task.seed, task.statistics, bias)
+        with Told(f"{task.file}: {task.name}", 0, REMEDY) as told:
+            weight = _source(task.weight).weight(task.name) if isinstance(task.weight, Path) else task.weight
+            told.needs = working_bytes(*weight.shape)
+            weight = weight.float().to(task.device)
+            bias = None if task.bias is None else task.bias.float().to(task.device)
+            layer = pipeline.quantize(task.format, weight, task.settings, task.seed, task.statistics, bias)
     except ValueError as problem:
         raise ValueError(f"{task.file}: {task.name}: {problem}") from None
     except torch.cuda.OutOfMemoryError:
@@ -170,6 +174,11 @@ def run(task: Task) -> Result:
     branch = None if layer.branch is None else layer.branch.to("cpu")
     shape = (weight.shape[0], weight.shape[1])
     return Result(replace(layer, entries=entries, branch=branch), shape, time.monotonic() - started)
+
+
+def working_bytes(rows: int, columns: int) -> int:
+    """What the arithmetic of a layer needs at once, at most: some six fp32 copies."""
+    return 6 * 4 * rows * columns
 
 
 def answer(question: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from pathlib import Path
@@ -19,15 +20,30 @@ from ..checkpoint import BRANCH, DETECTION, EMBEDDINGS, QUANTIZATION_METADATA, C
 from ..kernels import dispatch
 from ..kernels.dispatch import Plan
 from ..kernels.facts import DeviceFacts
+from ..shortage import Told
 from ..transcode import Cache
 from . import attaching, caching, embedding, guard, settings, wiring
 from .operations import Loading, operations
 
 log = logging.getLogger("tessera")
 
+REMEDY = "unload other models (in ComfyUI's menu), close other programs, or load a smaller file"
 PLANS = "tessera_plans"  # attachment of a MODEL's patcher: the Loading that planned its layers
 
 
+def _within_memory(load):
+    """A loader that says so where main memory does not suffice for its file."""
+
+    @functools.wraps(load)
+    def told(path: str, *args, **kwargs):
+        file = Path(path)
+        with Told(file.name, file.stat().st_size if file.is_file() else 0, REMEDY):
+            return load(path, *args, **kwargs)
+
+    return told
+
+
+@_within_memory
 def load_diffusion_model(path: str, model_options: dict | None = None, speed: str = "auto", cache: bool = False,
                          disable_dynamic=False):  # fmt: skip
     """A MODEL as `comfy.sd.load_diffusion_model` gives it, its quantized layers planned by `kernels.dispatch`.
@@ -60,6 +76,7 @@ def load_diffusion_model(path: str, model_options: dict | None = None, speed: st
     return model
 
 
+@_within_memory
 def load_clip(path: str, clip_type, model_options: dict | None = None, speed: str = "auto", cache: bool = False,
               disable_dynamic=False):  # fmt: skip
     """A CLIP as `comfy.sd.load_clip` gives it, for one file, its quantized layers run by their kernels.
