@@ -23,6 +23,7 @@ from .version import VERSION
 LABELS = ("nvfp4", "mxfp8", "fp8_e4m3", "fp8_e5m2", "int8_row", "int8_convrot_256", "int8_convrot_64")
 SHAPE = (10240, 3840)  # a feed-forward layer of Z-Image
 PACKAGES = ("torch", "triton", "triton-windows", "comfy-kitchen", "safetensors", "numpy", "comfyui-frontend-package")
+SHORT = {"comfyui-frontend-package": "frontend"}
 TORCH, KITCHEN = "update torch", "reinstall comfy-kitchen"  # remedies as plans name them, besides CU130
 CUDA13_DRIVER = "580"  # the oldest NVIDIA driver for CUDA 13
 DRIVER_FILE = Path("/proc/driver/nvidia/version")  # Linux
@@ -99,7 +100,7 @@ class Diagnosis:
         facts, known = self.facts, versions()
         newest = f"CUDA {facts.driver[0]}.{facts.driver[1]}" if facts.driver else ""
         driver = " runs ".join(filter(None, (self.driver, newest)))
-        packages = [(name, known[name]) for name in (*PACKAGES, "python") if name in known]
+        packages = [(SHORT.get(name, name), known[name]) for name in (*PACKAGES, "python") if name in known]
         backends = [f"{b.name} on" if b.on else f"{b.name} off ({b.why})" for b in self.backends]
         found = [
             ("device", " ".join(filter(None, (facts.name, f"({facts.gpu})" * bool(facts.gpu), facts.gfx))) or str(

@@ -41,12 +41,12 @@ class Live:
 
     def __init__(self, hidden):
         context = get_executing_context()
-        self._bar = ui.Progress(hidden.unique_id)
+        self._bar = ui.Progress(hidden.unique_id, text=False)  # the node shows more than that
         self._job: Job | None = None
         self._rows: Sequence[LayerReport] = ()
         self.map: dict | None = None  # once it has ended; while it runs it is made when asked for
         self.state = {
-            "job": uuid.uuid4().hex, "node": hidden.unique_id, "prompt": context.prompt_id if context else None,
+            "job": uuid.uuid4().hex, "count": 0, "node": hidden.unique_id, "prompt": context.prompt_id if context else None,
             "workflow": _workflow(hidden.extra_pnginfo), "state": RUNNING, "title": "", "index": 0, "total": 0,
             "verifying": False, "seconds_left": None, "share": 0.0, "nbytes": 0, "target_bytes": 0, "source_bytes": 0,
             "source": "", "measure": mosaic.WEIGHT, "error": None, "corrected": None, "layer": "", "format": "",
@@ -109,7 +109,8 @@ class Live:
 
     def _tell(self, whole: bool = False, **said) -> None:
         """Tells every open page; with the map where the tiles so far do not tell it."""
-        self.state = self.state | said  # a new one, as another thread may be reading it
+        count = self.state["count"] + 1  # what a page hears late is not newer than what it shows
+        self.state = self.state | said | {"count": count}  # a new one, as another thread may be reading it
         ui.send(self.state["node"], EVENT, self.whole() if whole else self.state)
 
 

@@ -107,8 +107,8 @@ def output_path(folder: str, name: str) -> Path:
 class Progress:
     """Bar and text in the node for a running job; raises the host's interrupt exception when the user cancels."""
 
-    def __init__(self, node_id: str | None):
-        self.node_id, self._bar, self._done = node_id, None, 0
+    def __init__(self, node_id: str | None, text: bool = True):
+        self.node_id, self.text, self._bar, self._done = node_id, text, None, 0
 
     def __call__(self, step: Step) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -116,7 +116,8 @@ class Progress:
             self._bar = comfy.utils.ProgressBar(BAR, node_id=self.node_id)
         self._done = max(self._done, round(BAR * (step.share or step.index / step.total)))  # an estimate may sink
         self._bar.update_absolute(self._done)
-        say(self.node_id, "\n".join(filter(None, (str(step), step.details()))))
+        if self.text:
+            say(self.node_id, "\n".join(filter(None, (str(step), step.details()))))
 
 
 def send(node_id: str | None, event: str, data: dict) -> None:

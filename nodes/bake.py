@@ -66,5 +66,4 @@ class Bake(io.ComfyNode):
                            resume=True)  # fmt: skip
             host.make_room(job.working_bytes())
             report = live.run(job)
-        host.say(cls.hidden.unique_id, "\n".join([*report.summary(), *bake.notes()]))
         return saved(job, report, live)

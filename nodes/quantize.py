@@ -87,7 +87,6 @@ class Quantize(io.ComfyNode):
                       device=host.compute_device(), resume=True)  # fmt: skip
             host.make_room(job.working_bytes())
             report = live.run(job)
-        host.say(cls.hidden.unique_id, "\n".join(report.summary()))
         return saved(job, report, live)
 
 
