@@ -2,11 +2,13 @@
 
 import ast
 import importlib
+import io
 import json
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 
@@ -151,3 +153,54 @@ def test_licence_is_apache_2():
 def test_torch_and_kitchen_are_not_pinned():
     """The host pins them; a bound of ours would change them under it."""
     assert all(re.fullmatch(r"[a-z-]+", name) for name in PROJECT["project"]["dependencies"])
+
+
+# ---- what the Comfy registry gets: `comfy node validate` and `comfy node pack`, without comfy-cli
+
+
+def packed():
+    """The files of the registry's package: tracked, and not in .comfyignore."""
+    listed = [subprocess.run(["git", "ls-files", *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+              for more in ((), ("-ci", "--exclude-from=.comfyignore"))]  # fmt: skip
+    everything, ignored = (set(names.splitlines()) for names in listed)
+    return sorted(name for name in everything - ignored if (ROOT / name).is_file())
+
+
+def test_the_registry_package_has_what_runs_and_nothing_of_the_workshop():
+    names = packed()
+    tops = {name.split("/")[0] for name in names}
+    assert not tops & {"tests", "bench", "scripts", "examples", "demo_output", ".ci", ".github", ".cache"}
+    assert not [name for name in names if name.endswith((".pyc", ".log", ".ipynb", ".safetensors"))]
+    assert {"__init__.py", "pyproject.toml", "README.md", "LICENSE"} <= set(names)
+    assert {"web", "locales", "example_workflows", "nodes", "host", "recipes", "architectures"} <= tops
+    missing = [name_of(path) for path in MODULES if name_of(path) not in names and is_tracked(path)]
+    assert not missing
+
+
+def is_tracked(path):
+    found = subprocess.run(["git", "ls-files", name_of(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    return bool(found.stdout)
+
+
+def test_the_registry_package_is_small():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in packed():
+            archive.write(ROOT / name, name)
+    assert content.tell() < 4_000_000
+
+
+def test_the_registrys_linter_finds_nothing():
+    """S102 exec, S307 eval, E702 two statements in a line: what `comfy node validate` has ruff look for."""
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "S102,S307,E702"]
+    sources = [name for name in packed() if name.endswith(".py")]
+    found = subprocess.run([*command, *sources], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_registry_text_fields_are_there_and_the_pack_names_no_web_folder():
+    """`web` in [tool.comfy] would register the JavaScript a second time, under the project's name."""
+    project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]
+    assert project["name"] == project["name"].lower() and "comfyui" not in project["name"]
+    assert 0 < len(project["description"]) <= 500 and "web" not in comfy
+    assert project["dependencies"] and project["requires-python"].startswith(">=")
