@@ -68,6 +68,8 @@ def _node(schema) -> Words:
 
 def _settings(script: str) -> Words:
     found = {}
+    for constant, value in re.findall(r'^const ([A-Z_]+) = "(Tessera\.\w+)"$', script, re.MULTILINE):
+        script = script.replace(f"id: {constant},", f'id: "{value}",')
     for key, rest in re.findall(r'id: "(Tessera\.\w+)",(.*?)(?=\bid: "|\Z)', script, re.DOTALL):
         if not re.match(r"\s*category:", rest):
             continue  # a command

@@ -2,7 +2,7 @@
 /** "Use Tessera loaders": ComfyUI's loaders in the open workflow become Tessera's, in one step of undo. */
 import { app } from "./frontend.js"
 import { COUNTERPARTS, replaceable, swap } from "./swap_text.js"
-import { loadWords, word } from "./words.js"
+import { word } from "./words.js"
 
 app.registerExtension({
   name: "tessera.swap",
@@ -15,7 +15,6 @@ app.registerExtension({
     },
   ],
   menuCommands: [{ path: ["Edit"], commands: ["Tessera.UseLoaders"] }],
-  setup: loadWords,
   getCanvasMenuItems() {
     return everyNode(app.rootGraph ?? app.graph).some(replaceable) ? [null, item(() => useLoaders())] : []
   },

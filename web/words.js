@@ -5,14 +5,17 @@ import { api, app } from "./frontend.js"
 /** @type {Record<string, any>} */
 let translations = {}
 
-/** Asks the host once; until it answers, and in a language that is not there, words are English. */
-export async function loadWords() {
-  try {
-    translations = await (await api.fetchApi("/i18n")).json()
-  } catch {
-    translations = {}
-  }
-}
+app.registerExtension({
+  name: "tessera.words",
+  /** Asks the host once, before other extensions are set up. In a language that is not there, words are English. */
+  async init() {
+    try {
+      translations = await (await api.fetchApi("/i18n")).json()
+    } catch {
+      translations = {}
+    }
+  },
+})
 
 /**
  * A text in the page's language, `{0}`, `{1}` filled in. @param {string} key @param {string} english @param {...unknown} values
