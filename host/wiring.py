@@ -5,7 +5,6 @@ Reversible and per clone: everything is set at inject time and taken back at eje
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,7 +97,6 @@ def sharing(model: torch.nn.Module) -> list[tuple[str, ...]]:
     return [place.paths for place in _places(model) if place.paths]
 
 
-@functools.cache
 def _kind(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
