@@ -50,10 +50,10 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
   }
 
   function arrangeParts() {
-    const tools = editor && map?.editable ? [editor.tools, notes] : []
-    const said = message.textContent ? [message] : []
-    inner.replaceChildren(...said, ...(map ? [facts, bar, legend, ...tools, grid.element, details] : []))
-    grid.element.classList.toggle("editable", tools.length > 0)
+    const paints = Boolean(editor && map?.editable)
+    const parts = map ? [facts, bar, ...(paints && editor ? [editor.tools] : []), grid.element, legend, notes, details] : []
+    inner.replaceChildren(...(message.textContent ? [message] : []), ...parts) // what grows under the brush is below it
+    inner.classList.toggle("editable", paints)
   }
 
   /** A sentence instead of the map, or above it. @param {string[]} words @param {"error" | "note"} tone */
@@ -65,9 +65,11 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
     measure()
   }
 
-  function note(/** @type {string[]} */ problems) {
-    notes.textContent = problems.join("\n")
-    notes.hidden = !problems.length
+  /** @param {string[]} problems @param {string} [hint] */
+  function note(problems, hint = "") {
+    notes.textContent = problems.join("\n") || hint
+    notes.classList.toggle("error", problems.length > 0)
+    notes.hidden = !notes.textContent
   }
 
   /** What the layers are coloured by: choices, legend, tiles. @param {number[]} [only] */
@@ -90,10 +92,10 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
   function drawFacts() {
     const rows = editor && map?.editable ? editor.facts() : (map?.facts ?? []).map(([label, value]) => [label, value, ""])
     const shown = rows.map(([label, value, change]) => {
-      const said = element("dd", { textContent: value, title: value })
-      if (change) said.append(element("span", { className: "change", textContent: change, title: "compared with the plan before edits" }))
+      const [said, called] = [element("dd", { textContent: value, title: value }), element("dt", { textContent: label })]
+      if (change) called.append(element("b", { textContent: change, title: "compared with the plan before edits" }))
       said.dataset.part = `fact-${label.replaceAll(" ", "-")}`
-      return element("div", {}, [element("dt", { textContent: label }), said])
+      return element("div", {}, [called, said])
     })
     facts.replaceChildren(...shown)
   }

@@ -10,7 +10,7 @@ const UNDO = 50 // strokes
 
 /**
  * @param {import("./layer_map.js").Edits} edits
- * @param {{ redraw: (layers?: number[]) => void, say: (problems: string[]) => void }} view
+ * @param {{ redraw: (layers?: number[]) => void, say: (problems: string[], hint?: string) => void }} view
  */
 export function brush(edits, view) {
   /** @type {import("./layer_map_data.js").LayerMap | null} */
@@ -56,7 +56,7 @@ export function brush(edits, view) {
     ;({ chosen, others } = found)
     apply(map.layers, chosen)
     if (!asText) area.value = saved
-    view.say(found.problems)
+    view.say(found.problems, saved === map.edits ? "" : "Edits go into the recipe on the next run.")
     draw()
   }
 
@@ -102,7 +102,6 @@ export function brush(edits, view) {
       reset,
       text,
       ...(asText ? [area] : []),
-      ...(saved === map.edits ? [] : [element("span", { className: "quiet", textContent: "Edits go into the recipe on the next run." })]),
     )
     const again = held ? tools.querySelector(`[data-part="${held}"]`) : null
     if (again instanceof HTMLElement) again.focus()

@@ -6,7 +6,7 @@ import { arrange, flags, lines, shortNames } from "./layer_map_data.js"
 /** @typedef {import("./layer_map_data.js").Band} Band @typedef {import("./layer_map_data.js").Panel} Panel */
 
 const GAP = 9 // between bands, in pixels
-const TILE = { least: 7, most: 18, letter: 9.5 } // widths
+const TILE = { least: 7, most: 22, letter: 9.5 } // widths
 const DENSE = 60 // rows, above which they are thinner
 
 /**
@@ -51,7 +51,7 @@ export function tileGrid({ point, stroke, end, escape }) {
       return (room - GAP * (line.length - 1)) / line.reduce((sum, band) => sum + band.columns.length, 0)
     })
     const wide = Math.max(3, Math.floor(4 * Math.min(TILE.most, ...fits)) / 4)
-    const tall = dense ? 9 : Math.min(17, Math.max(13, Math.round(wide)))
+    const tall = dense ? 9 : Math.min(18, Math.max(13, Math.round(wide)))
     for (const [word, size] of Object.entries({ label, wide, high: tall, gap: GAP })) root.style.setProperty(`--${word}`, `${size}px`)
     root.classList.toggle("small", wide < TILE.letter || dense)
     root.classList.toggle("dense", dense)
@@ -171,6 +171,11 @@ export function tileGrid({ point, stroke, end, escape }) {
     return found instanceof HTMLElement && root.contains(found) ? (found.dataset.layers ?? "").split(" ").filter(Boolean).map(Number) : []
   }
 
+  /** @param {EventTarget | null} target */
+  function partOf(target) {
+    return target instanceof HTMLElement && root.contains(target) ? target.dataset.part : undefined
+  }
+
   root.addEventListener("pointerover", (event) => {
     const layer = layerAt(event.target)
     if (layer !== null) point(layer)
@@ -189,16 +194,15 @@ export function tileGrid({ point, stroke, end, escape }) {
     const erase = down.button === 2
     const layers = layersAt(down.target)
     if (down.button === 1 || !layers.length || !stroke(layers, erase)) return
-    down.preventDefault()
-    down.stopPropagation()
-    if (layers.length === 1) tiles[layers[0]].focus({ preventScroll: true })
+    down.stopPropagation() // the mouse events that follow go on: the frontend notes what has changed at each release
+    const kind = partOf(down.target)
+    if (kind === "tile") tiles[layers[0]].focus({ preventScroll: true })
     let [x, y] = [down.clientX, down.clientY]
     const drag = (/** @type {PointerEvent} */ move) => {
       const steps = Math.ceil(Math.hypot(move.clientX - x, move.clientY - y) / 3) // what a fast hand passes over
       for (let n = 1; n <= steps; n += 1) {
         const under = document.elementFromPoint(x + ((move.clientX - x) * n) / steps, y + ((move.clientY - y) * n) / steps)
-        const passed = layersAt(under)
-        if (passed.length) stroke(passed, erase)
+        if (partOf(under) === kind) stroke(layersAt(under), erase)
       }
       ;[x, y] = [move.clientX, move.clientY]
     }

@@ -4,6 +4,7 @@ import { after } from "./dom.js"
 import { find } from "./errors.js"
 import { api, app } from "./frontend.js"
 import { layerMap } from "./layer_map.js"
+import { remount } from "./remount.js"
 
 const NODES = {
   TesseraDiffusionModelLoader: "Run to see what each layer is stored in and how it runs here.",
@@ -13,7 +14,8 @@ const NODES = {
 }
 const WIDE = 460 // pixels, the least a map is good in
 const SLACK = 28 // by which a node may be taller than it was made without its user having meant it
-/** @type {Map<any, { fail: (message: string) => void, start: () => void, look: () => void }>} by node */
+/** @type {Map<any, { fail: (message: string) => void, start: () => void, look: () => void,
+ *   cached: (id: string) => void }>} by node */
 const maps = new Map()
 
 app.registerExtension({
@@ -21,6 +23,9 @@ app.registerExtension({
   setup() {
     api.addEventListener("execution_error", (/** @type {any} */ { detail }) => {
       maps.get(find(detail.node_id))?.fail(detail.exception_message?.trim() || detail.exception_type)
+    })
+    api.addEventListener("execution_cached", (/** @type {any} */ { detail }) => {
+      detail.nodes?.forEach((/** @type {any} */ id) => maps.get(find(id))?.cached(id))
     })
     api.addEventListener("execution_start", () => maps.forEach((map) => map.start()))
   },
@@ -33,11 +38,27 @@ app.registerExtension({
   },
 })
 
-/** What a node has last made, where the frontend remembers it. @param {any} node */
+/** @type {Map<string, any>} by workflow and node: nodes are made anew when another workflow comes to the front, and on undo */
+const memory = new Map()
+
+/** @param {any} node */
+function key(node) {
+  return `${node.graph?.id}/${node.id}`
+}
+
+/** What a node has last made, by the frontend's memory or ours. @param {any} node */
 function remembered(node) {
   const outer = node.graph?.rootGraph ?? node.graph
   const id = !node.graph || outer === node.graph ? node.id : `${node.graph.id}:${node.id}`
-  return app.nodeOutputs?.[id]?.tessera_map?.[0]
+  return app.nodeOutputs?.[id]?.tessera_map?.[0] ?? memory.get(key(node))
+}
+
+/** What the server remembers of a node that it need not run again; a page that was reloaded has forgotten. @param {string} id @param {string} kind */
+async function fromHistory(id, kind) {
+  const answer = await api.fetchApi("/history?max_items=20")
+  const entries = Object.values(answer.ok ? await answer.json() : {})
+  const made = entries.filter((entry) => entry.prompt?.[2]?.[id]?.class_type === kind && entry.outputs?.[id]?.tessera_map)
+  return made.at(-1)?.outputs[id].tessera_map[0]
 }
 
 /** @param {any} node @param {keyof typeof NODES} kind */
@@ -68,6 +89,7 @@ function attach(node, kind) {
 
   function show(/** @type {any} */ payload) {
     shown = payload
+    memory.set(key(node), payload)
     failed = false
     if (node.size[0] < WIDE) node.setSize([WIDE, node.size[1]])
     view.show(payload)
@@ -94,6 +116,10 @@ function attach(node, kind) {
       failed = true
       view.say([message], "error")
     },
+    async cached(/** @type {string} */ id) {
+      const payload = shown ? null : await fromHistory(id, kind)
+      if (payload && !shown) show(payload)
+    },
     start() {
       if (!failed) return
       failed = false
@@ -108,7 +134,10 @@ function attach(node, kind) {
     serialize: false, hideInPanel: true, getMinHeight: () => view.height() + 12, margin: 6,
   }) // prettier-ignore
   after(node, "onExecuted", (output) => output?.tessera_map?.[0] && show(output.tessera_map[0]))
-  after(node, "onConfigure", look)
+  after(node, "onConfigure", () => {
+    look()
+    remount(node, view.element)
+  })
   after(node, "onConnectionsChange", say)
   after(node, "onRemoved", () => maps.delete(node))
   say()

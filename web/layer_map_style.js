@@ -30,7 +30,9 @@ export const STYLE = `
 .tessera-map .facts div { display: flex; flex-direction: column-reverse; min-width: 0; }
 .tessera-map .facts dt { color: var(--quiet); font-size: 10px; }
 .tessera-map .facts dd { margin: 0; font-size: 14px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.tessera-map .facts .change { font-size: 11px; font-weight: 400; color: var(--quiet); margin-left: 4px; }
+.tessera-map .facts dt b { margin-left: 5px; color: var(--input-text, #ddd); font-variant-numeric: tabular-nums; }
+.tessera-map .editable .facts { flex-wrap: nowrap; overflow: hidden; white-space: nowrap; }
+.tessera-map .editable .facts :is(dd, dt) { overflow: hidden; text-overflow: ellipsis; }
 .tessera-map .bar { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; min-height: 20px; }
 .tessera-map .by { display: inline-flex; border: 1px solid var(--line); border-radius: 5px; overflow: hidden; }
 .tessera-map .bar { gap: 4px 8px; }
@@ -45,6 +47,7 @@ export const STYLE = `
 .tessera-map .swatch { display: inline-grid; place-items: center; width: 13px; height: 13px; border-radius: 3px; box-sizing: border-box;
   background: var(--fill, transparent); color: var(--ink, inherit); font: 700 9px/1 Inter, Arial, sans-serif; }
 .tessera-map .ramp { width: 110px; height: 9px; border-radius: 3px; background: linear-gradient(to right, ${STEPS.join(", ")}); }
+.tessera-map .grid { user-select: none; }
 .tessera-map .panel { position: relative; }
 .tessera-map .flags { position: relative; margin-left: var(--label); font-size: 10px; color: var(--quiet); }
 .tessera-map .flags span { position: absolute; line-height: 12px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; padding-left: 3px; box-sizing: border-box; }
@@ -65,7 +68,8 @@ export const STYLE = `
 .tessera-map .brush { display: inline-flex; gap: 5px; align-items: center; padding: 0 7px 0 3px; }
 .tessera-map .brush[aria-pressed="true"], .tessera-map [data-part="mode"][aria-pressed="true"] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); font-weight: 600; }
 .tessera-map .tools .text { flex-basis: 100%; height: 74px; padding: 4px 6px; resize: none; font: 11px/1.4 monospace; cursor: text; white-space: pre; }
-.tessera-map .notes { margin: 0; color: var(--error-text, #ff4444); font-size: 11px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.tessera-map .notes.error { color: var(--error-text, #ff4444); }
+.tessera-map .notes { margin: 0; color: var(--quiet); font-size: 11px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .tessera-map [hidden] { display: none !important; }
 .tessera-map .quiet { color: var(--quiet); font-size: 11px; }
 .tessera-map .rowlabel { width: var(--label); flex: none; box-sizing: border-box; padding-right: 6px; overflow: hidden; white-space: nowrap;
