@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from . import additions, baking, calibration_file, job, lora, planning, repairing, saved_inputs
+from . import additions, baking, calibration_file, job, lora, mosaic, mosaic_image, planning, repairing, saved_inputs
 from . import doctor as doctors
+from . import edits as by_hand
 from .checkpoint import ABSORB, LAYER_ERRORS, PROVENANCE, Checkpoint
 from .extraction import Extraction
 from .quantization import pipeline, recipe
@@ -44,17 +45,21 @@ def quantize(arguments) -> dict:
 def probe(arguments) -> dict:
     """Scores of every layer in every format; with a target the plan that they give, and with -o its recipe."""
     if arguments.target_size is None and arguments.target_error is None:
-        if arguments.output:
-            raise ValueError(f"{arguments.output}: a recipe needs a target; give --target-size or --target-error")
+        if wish := arguments.output or arguments.edits or arguments.map:
+            raise ValueError(f"{wish}: a plan needs a target; give --target-size or --target-error")
         found = _survey(arguments, Checkpoint(Path(arguments.source)))
         return {"json": found.as_dict(), "text": found.markdown()}
-    target = _target(arguments)
+    target, edits = _target(arguments), _edits(arguments.edits)
     if arguments.output:
         planning.check_recipe_path(Path(arguments.output))
+    if arguments.map:
+        mosaic_image.check_path(Path(arguments.map))
     found = _survey(arguments, Checkpoint(Path(arguments.source)))
-    plan = planning.plan(found, _planned_name(arguments.output or arguments.source), target)
+    plan = planning.plan(found, _planned_name(arguments.output or arguments.source), target, edits)
     if arguments.output:
         plan.save(Path(arguments.output))
+    if arguments.map:
+        _draw(mosaic.of_plan(plan), arguments)
     return {"json": plan.as_dict(), "text": plan.markdown()}
 
 
@@ -104,8 +109,12 @@ def bake(arguments) -> dict:
 def inspect(arguments) -> dict:
     file = Checkpoint(Path(arguments.file))
     if calibration_file.METADATA in file.metadata:
+        if arguments.map:
+            raise ValueError(f"{file.name}: a calibration has no layer map; leave out --map")
         said = calibration_file.inspect(file.path)
         return {"json": said, "text": "\n".join(said["text"])}
+    if arguments.map:
+        mosaic_image.check_path(Path(arguments.map))
     made = repairing.repair(file.path, Path(arguments.repair)) if arguments.repair else None
     counts: dict[str, int] = {}
     rows = []
@@ -140,8 +149,17 @@ def inspect(arguments) -> dict:
         found["repaired"] = {"file": str(made.path), "repairs": made.repairs, "losses": made.losses}
         text += [f"wrote {made.path}: {len(made.repairs)} repairs" if made.repairs else f"wrote {made.path}: a copy"]
         text += [f"{name}: encoding it anew changed the weight by {loss:.2%}" for name, loss in made.losses.items()]
+    if arguments.map:
+        found["map"] = _draw(mosaic.of_file(file), arguments)
+        text += [f"wrote {found['map']}: the layer map"]
     text += [f"{r['layer']}  {r['format']}{_mark(r)}  {list(r['shape'])}  {r['bytes'] / 1e6:.2f} MB" for r in rows]
     return {"json": found, "text": "\n".join(text)}
+
+
+def _draw(found: mosaic.Mosaic, arguments) -> str:
+    """Path of the picture."""
+    picture = mosaic_image.draw(found, arguments.color, arguments.theme)
+    return str(mosaic_image.save(picture, Path(arguments.map)))
 
 
 def doctor(arguments) -> dict:
@@ -198,6 +216,8 @@ def _recipe(arguments, source: Checkpoint) -> recipe.Recipe:
         return recipe.from_convert_to_quant(arguments.convert_to_quant)
     if target:
         return _planned(arguments, source)
+    if arguments.edits:
+        raise ValueError("--edits changes a plan; give --target-size or --target-error, or write a recipe")
     if not arguments.recipe:
         raise ValueError(f"--recipe is missing; built in are {', '.join(recipe.names())}, or give a .toml file; "
                          "--target-size makes one")  # fmt: skip
@@ -211,7 +231,8 @@ def _planned(arguments, source: Checkpoint) -> recipe.Recipe:
                          "the recipe")  # fmt: skip
     target = _target(arguments)
     check_target(Path(arguments.output), arguments.overwrite)  # before minutes of measuring
-    plan = planning.plan(_survey(arguments, source), _planned_name(arguments.output), target)
+    edits = _edits(arguments.edits)
+    plan = planning.plan(_survey(arguments, source), _planned_name(arguments.output), target, edits)
     for line in (*plan.summary(), *plan.survey.notes):
         print(f"plan: {line}", file=sys.stderr)
     return plan.recipe()
@@ -228,6 +249,14 @@ def _survey(arguments, source: Checkpoint) -> Survey:
 def _target(arguments) -> planning.Target:
     nbytes = None if arguments.target_size is None else planning.parse_size(arguments.target_size)
     return planning.Target(nbytes, arguments.target_error)
+
+
+def _edits(text: str) -> str:
+    """Edits by hand, in a file or as they are; `;` parts them. Raises ValueError for what is neither."""
+    path = Path(text)
+    edits = path.read_text(encoding="utf-8-sig") if text and "=" not in text else text.replace(";", "\n")
+    by_hand.parse(edits)
+    return edits
 
 
 def _planned_name(path: str) -> str:

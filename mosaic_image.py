@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import mosaic_layout
@@ -46,15 +49,31 @@ THEMES = {
 def draw(mosaic: Mosaic, by: str = "format", theme: str = "light", width: int = 1200) -> Image:
     """The map coloured by format, error, sensitivity, size or kernel. Raises ValueError for another word, RuntimeError
     if Pillow is missing."""
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError:
-        raise RuntimeError("Pillow, which draws pictures, is missing; install it: pip install pillow") from None
+    Image, ImageDraw, _ = _pillow()
     if theme not in THEMES:
         raise ValueError(f"theme {theme!r}: must be one of {', '.join(THEMES)}")
     sheet = Image.new("RGB", (width, MOST_HEIGHT + SPARE), THEMES[theme].paper)
     height = _Page(ImageDraw.Draw(sheet), THEMES[theme], width, scheme(by, mosaic.tiles)).everything(mosaic, by)
     return sheet.crop((0, 0, width, min(height, sheet.height)))
+
+
+def check_path(path: Path) -> None:
+    """Raises ValueError if no picture can be written there, RuntimeError if Pillow is missing."""
+    _pillow()
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: name it .png, that is what is written")
+    if path.exists():
+        raise ValueError(f"{path}: already exists; choose another name")
+
+
+def save(picture: Image, path: Path) -> Path:
+    """Writes a PNG. Raises ValueError if the file exists."""
+    check_path(path)
+    made = io.BytesIO()
+    picture.save(made, "PNG", optimize=True)
+    with open(path, "xb") as file:
+        file.write(made.getvalue())
+    return path
 
 
 class _Page:
@@ -289,15 +308,18 @@ def _readable(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:14]}…{name[-24:]}"
 
 
+@functools.cache
 def _font(size: int):
-    from PIL import ImageFont
-
-    if size not in _FONTS:
-        _FONTS[size] = ImageFont.load_default(size)
-    return _FONTS[size]
+    return _pillow()[2].load_default(size)
 
 
-_FONTS: dict = {}
+def _pillow() -> tuple:
+    """(Image, ImageDraw, ImageFont), as ComfyUI has them and others may not."""
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError:
+        raise RuntimeError("Pillow, which draws pictures, is missing; install it: pip install pillow") from None
+    return Image, ImageDraw, ImageFont
 
 
 def _ink(colour: str | None) -> str:
@@ -308,4 +330,4 @@ def _ink(colour: str | None) -> str:
     return "#101214" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "#FFFFFF"
 
 
-__all__ = ["THEMES", "WAYS", "draw"]
+__all__ = ["THEMES", "WAYS", "check_path", "draw", "save"]

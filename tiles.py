@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ VERSION = 1
 PLAN, JOB, LOADED, INSPECTED, FILE = "plan", "job", "loaded", "inspected", "file"
 WEIGHT, OUTPUT, SHARE = "weight error", "output error", "share of the model's error"  # what a tile's error is of
 EXACT = (KEEP, "bf16", "fp16", "fp32")  # formats that are no quantization
-MOST_OPTIONS = 2200  # of all layers in a payload, so that 300 layers take less than 100 kB
+MOST_CHARACTERS = 98_000  # of a payload of some 300 layers; options of rarer ranks are left out for it
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class Mosaic:
     measure: str = WEIGHT  # what `error` is of
 
     def payload(self) -> dict:
-        """What the browser gets: columns with a value for every layer, words by their index in a list."""
+        """What the browser gets: columns with a value for every layer, words by their index in a list.
+
+        `done`, `kept`, `added`, `planned` and `planned_rank` are there only where they say something.
+        """
         formats, kernels, reasons = _Words(), _Words(), _Words()
         tiles = self.tiles
         columns = {
@@ -78,19 +83,22 @@ class Mosaic:
             "bits": [round(t.bits, 2) for t in tiles],
             "nbytes": [t.nbytes for t in tiles],
             **{word: [_rounded(getattr(t, word)) for t in tiles]
-               for word in ("error", "corrected", "sensitivity", "strength", "added")},
+               for word in ("error", "corrected", "sensitivity", "strength")},
             "kernel": [kernels.index(t.kernel) for t in tiles],
             "ran": [None if t.ran is None else [[kernels.index(k), n] for k, n in _most_first(t.ran)] for t in tiles],
             "path": [t.path for t in tiles],
-            "reason": [reasons.index(shown(t.reason)) for t in tiles],
+            "reason": [reasons.index(t.reason) for t in tiles],
             "rank": [t.rank for t in tiles],
             "edited": [int(t.edited) for t in tiles],
-            "done": [int(t.done) for t in tiles],
-            "kept": [formats.index(t.kept) for t in tiles],
-            "planned": [formats.index(t.planned) for t in tiles],
-            "planned_rank": [t.planned_rank for t in tiles],
         }  # fmt: skip
-        options, fixed = self._options(formats)
+        if not all(t.done for t in tiles):
+            columns["done"] = [int(t.done) for t in tiles]
+        if any(t.kept for t in tiles):
+            columns |= {"kept": [formats.index(t.kept) for t in tiles], "added": [_rounded(t.added) for t in tiles]}
+        if any(t.edited for t in tiles):
+            columns["planned"] = [formats.index(t.planned) for t in tiles]
+            columns["planned_rank"] = [t.planned_rank for t in tiles]
+        options, fixed = self._options(formats, MOST_CHARACTERS - len(json.dumps([columns, reasons.words])))
         return {
             "version": VERSION, "title": shown(self.title), "kind": self.kind, "measure": self.measure,
             "facts": [[name, shown(text)] for name, text in self.facts],
@@ -98,12 +106,28 @@ class Mosaic:
             "layers": columns, "options": options, "fixed": fixed, "edits": self.edits,
         }  # fmt: skip
 
-    def _options(self, formats: _Words) -> tuple[list | None, dict | None]:
+    def text(self) -> str:
+        """The facts, and how many layers have which format, as two lines."""
+        counts = Counter(tile.format for tile in self.tiles)
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts)
+        return "\n".join(
+            [f"{shown(self.title)}: {facts}", ", ".join(f"{n} {word}" for word, n in counts.most_common())]
+        )
+
+    def table(self) -> str:
+        """All layers in markdown."""
+        head = ["layer", "format", "shape", "bits", "MB", self.measure, "with correction", "rank"]
+        rows = [[shown(t.name).replace("|", "\\|"), t.format, " x ".join(map(str, t.shape)), f"{t.bits:.2f}",
+                 f"{t.nbytes / 1e6:.2f}", *("" if e is None else percent(e) for e in (t.error, t.corrected)),
+                 str(t.rank or "")] for t in self.tiles]  # fmt: skip
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+    def _options(self, formats: _Words, room: int) -> tuple[list | None, dict | None]:
         """(per layer [format, rank, bytes, damage], what else the files hold). The chosen options' damages are exact,
         so that their sum is the plan's; of many ranks the rarest are left out, which can still be typed."""
         if self.options is None:
             return None, None
-        ranks = self._ranks()
+        ranks = self._ranks(room)
         found, chosen_bytes = [], 0
         for tile in self.tiles:
             rows = []
@@ -117,18 +141,18 @@ class Mosaic:
             found.append(rows)
         return found, {"nbytes": self.nbytes - chosen_bytes}
 
-    def _ranks(self) -> set[int]:
-        """Those that every layer offers: all, or 0 and as many of the most used ones as there is room for."""
-        count: dict[int, int] = {}
-        for menu in self.options.values():
-            for option in menu:
-                count[option.rank] = count.get(option.rank, 0) + 1
-        used = [tile.rank for tile in self.tiles]
-        kept, room = {0}, MOST_OPTIONS - count.get(0, 0)
-        for rank in sorted(count.keys() - {0}, key=lambda rank: (-used.count(rank), rank)):
-            if count[rank] <= room:
+    def _ranks(self, room: int) -> set[int]:
+        """Those that every layer offers: 0, and as many of the most used ones as there is room for, in characters."""
+        options = [option for menu in self.options.values() for option in menu]
+        cost = Counter()
+        for option in options:
+            cost[option.rank] += len(f"[0, {option.rank}, {option.nbytes}, {_rounded(option.damage)}], ")
+        used = Counter(tile.rank for tile in self.tiles)
+        kept, room = {0}, room - cost[0] - 16 * len(self.tiles)  # chosen ones are exact, which takes more
+        for rank in sorted(cost.keys() - {0}, key=lambda rank: (-used[rank], rank)):
+            if cost[rank] <= room:
                 kept.add(rank)
-                room -= count[rank]
+                room -= cost[rank]
         return kept
 
 
@@ -142,6 +166,7 @@ class _Words:
     def index(self, word: str) -> int:
         if not word:
             return -1
+        word = shown(word)
         if word not in self._places:
             self._places[word] = len(self.words)
             self.words.append(word)

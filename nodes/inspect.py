@@ -1,4 +1,4 @@
-"""How a loaded model runs: plans, and the kernels that were counted."""
+"""What a model is made of and how it runs: formats and errors per layer, plans, and the kernels that were counted."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import logging
 
 from comfy_api.latest import io
 
-from .. import host
+from .. import host, mosaic, mosaic_image, pictures
+from ..checkpoint import Checkpoint
+from ..mosaic import Mosaic
+from .quantize import CONNECTED, FOLDERS, checkpoints
 
 log = logging.getLogger("tessera")
+COLOURS = ("format", "error", "size", "kernel")
 
 
 class Inspect(io.ComfyNode):
@@ -17,24 +21,56 @@ class Inspect(io.ComfyNode):
         return io.Schema(
             "TesseraInspect", "Inspect (Tessera)", "tessera", is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="A model from Load Diffusion Model (Tessera)."),
+                io.Model.Input("model", optional=True, tooltip="A model from Load Diffusion Model (Tessera)."),
                 io.AnyType.Input("after", optional=True, tooltip="What the sampler makes: the report then counts the "
                                  "kernels that ran for it."),
+                io.Clip.Input("clip", optional=True, tooltip="A text encoder from Load CLIP (Tessera), instead of a "
+                              "model."),
+                io.Combo.Input("file", options=[CONNECTED, *checkpoints(FOLDERS)], default=CONNECTED, optional=True,
+                               tooltip="A file to look into without loading it, where neither model nor clip is "
+                               "connected."),
+                io.Combo.Input("color", options=list(COLOURS), default="format", optional=True,
+                               tooltip="What the picture shows by colour: each layer's format, what quantizing it "
+                               "cost, its size, or the kernel that ran."),
             ],
-            outputs=[io.String.Output("report", display_name="report",
-                                      tooltip="Every quantized layer as a table, in markdown.")],
+            outputs=[
+                io.String.Output("report", display_name="report",
+                                 tooltip="Every quantized layer as a table, in markdown."),
+                io.Image.Output("IMAGE", display_name="map", tooltip="Every layer as a tile, by blocks and kinds of "
+                                "layers. Connect to Save Image."),
+            ],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,
-            description="Says how each quantized layer runs on this device and why, which kernels really ran, and what "
-            "turning layers into another format has cost.",
-            search_aliases=["doctor", "kernel", "speed", "nvfp4", "emulated", "layers", "report"],
+            description="Shows each layer's format, size and error as a map, how it runs on this device and why, which "
+            "kernels really ran, and what turning layers into another format has cost.",
+            search_aliases=["doctor", "kernel", "speed", "nvfp4", "emulated", "layers", "report", "layer map"],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, after=None):
-        found = host.inspect(model)
-        text = found.text()
-        for line in text.splitlines():
-            log.info("Tessera: %s", line)
-        host.say(cls.hidden.unique_id, text)
-        return io.NodeOutput(found.markdown(), ui={"text": [text], "tessera_rows": [found.as_dict()]})
+    def execute(cls, model=None, after=None, clip=None, file=CONNECTED, color="format"):
+        if model is not None and clip is not None:
+            raise ValueError("model and clip are both connected; disconnect one, or use a second Inspect (Tessera)")
+        if model is None and clip is None:
+            return _shown(cls, *_file(file), color)
+        patcher = clip.patcher if model is None else model
+        found = host.inspect(patcher)
+        return _shown(cls, found.text(), found.markdown(), [found.as_dict()], host.inspected_map(patcher), color)
+
+
+def _file(choice: str) -> tuple[str, str, list[dict], Mosaic]:
+    """(a few lines, a table, nothing that ran, the map) of a file by its header."""
+    if choice == CONNECTED:
+        raise ValueError("nothing is connected to model or clip; connect one, or choose a file")
+    folder, _, name = choice.partition("/")
+    file = Checkpoint(host.full_path(folder, name))
+    found = mosaic.of_file(file)
+    text = "\n".join([found.text(), *(f"repaired on reading: {repair}" for repair in file.repairs)])
+    return text, f"{text}\n\n{found.table()}", [], found
+
+
+def _shown(cls, text: str, report: str, rows: list[dict], found: Mosaic, color: str) -> io.NodeOutput:
+    for line in text.splitlines():
+        log.info("Tessera: %s", line)
+    host.say(cls.hidden.unique_id, text)
+    picture = pictures.tensor([mosaic_image.draw(found, color)])
+    return io.NodeOutput(report, picture, ui={"text": [text], "tessera_rows": rows, "tessera_map": [found.payload()]})

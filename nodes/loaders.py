@@ -58,7 +58,7 @@ class DiffusionModelLoader(io.ComfyNode):
         path = host.full_path("diffusion_models", unet_name)
         model = host.load_diffusion_model(path, WEIGHT_DTYPES[weight_dtype], speed, cache)
         host.say(cls.hidden.unique_id, host.plan_text(model))
-        return io.NodeOutput(model)
+        return io.NodeOutput(model, ui={"tessera_map": [host.loaded_map(model).payload()]})
 
 
 class CLIPLoader(io.ComfyNode):
@@ -89,4 +89,4 @@ class CLIPLoader(io.ComfyNode):
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
         clip = host.load_clip(host.full_path("text_encoders", clip_name), clip_type, options, speed, cache)
         host.say(cls.hidden.unique_id, host.plan_text(clip.patcher))
-        return io.NodeOutput(clip)
+        return io.NodeOutput(clip, ui={"tessera_map": [host.loaded_map(clip.patcher).payload()]})

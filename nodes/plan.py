@@ -6,7 +6,8 @@ import logging
 
 from comfy_api.latest import io
 
-from .. import host, planning
+from .. import edits as by_hand
+from .. import host, mosaic, mosaic_image, pictures, planning
 from ..survey import Menu
 from .calibrate import CALIBRATION
 
@@ -48,11 +49,16 @@ class Plan(io.ComfyNode):
                                "calls are run, then layers of one kind together. 0: no limit."),
                 io.Int.Input("calls", default=3, min=1, max=64, optional=True, advanced=True,
                              tooltip="Recorded calls of the model that each layer is measured on."),
+                io.String.Input("edits", default="", multiline=True, optional=True, advanced=True, tooltip="Layers "
+                                "you decide yourself, a line each, whatever that does to size and error: "
+                                "layers.3.attention.qkv = mxfp8 r32. Patterns as in recipes, later lines win. The map "
+                                "below writes this when you paint on it."),
             ],
             outputs=[
                 RECIPE.Output("RECIPE", display_name="recipe", tooltip="Connect to Quantize and Save (Tessera)."),
                 io.String.Output("report", tooltip="Format, rank, score and size per layer, as markdown."),
                 io.Combo.Output("recipe_name", tooltip="The saved file, for recipe of Quantize and Save (Tessera)."),
+                io.Image.Output("IMAGE", display_name="map", tooltip="Every layer as a tile, coloured by its format."),
             ],
             hidden=[io.Hidden.unique_id],
             description="Measures what each format of each layer does to the model's output, on calls recorded while "
@@ -64,18 +70,21 @@ class Plan(io.ComfyNode):
     def execute(
         cls, model, target_size_gb=0.0, calibration=None, target_error=0.0, name="planned", nvfp4=True,
         int8_convrot=True, mxfp8=True, bf16=True, ranks="0, 16, 32, 64", activations="auto", minutes=10.0, calls=3,
+        edits="",
     ):  # fmt: skip
         target = planning.Target(int(target_size_gb * 1e9) or None, target_error or None)
         words = [w for w, on in zip(WORDS, (nvfp4, int8_convrot, mxfp8, bf16), strict=True) if on]
         menu = Menu.of(words, planning.parse_ranks(ranks))
         budget = host.Budget(calls, seconds=60 * minutes)
-        survey = host.measure(model, menu, calibration, budget, activations, host.Progress(cls.hidden.unique_id))
+        by_hand.parse(edits)  # a mistake is told before minutes of measuring
+        survey = host.surveyed(model, menu, calibration, budget, activations, host.Progress(cls.hidden.unique_id))
         path = host.new_recipe_path(name or "planned")
-        plan = planning.plan(survey, path.stem, target)
+        plan = planning.plan(survey, path.stem, target, edits)
         plan.save(path)
         for line in plan.summary():
             log.info("Tessera: %s", line)
         host.say(cls.hidden.unique_id, "\n".join(plan.summary()))
-        return io.NodeOutput(
-            plan.recipe(), plan.markdown(), path.name, ui={"text": [plan.markdown()], "tessera_plan": [plan.as_dict()]}
-        )
+        shown = mosaic.of_plan(plan)
+        ui = {"text": [plan.markdown()], "tessera_plan": [plan.as_dict()], "tessera_map": [shown.payload()]}
+        picture = pictures.tensor([mosaic_image.draw(shown)])
+        return io.NodeOutput(plan.recipe(), plan.markdown(), path.name, picture, ui=ui)
