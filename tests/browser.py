@@ -18,8 +18,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from comfy_host import PROMPTS, TINY
@@ -79,7 +81,7 @@ class Studio:
         context.add_init_script(path=TESTS / "browser_page.js")
         context.set_default_timeout(SECONDS * 1000)
         try:
-            page = Page(context.new_page(), self)
+            page = Page(context.new_page(), self, renderer)
             page.open()
             yield page
         finally:
@@ -92,8 +94,9 @@ def chromium():
     program = os.environ.get("TESSERA_BROWSER")
     if not program or not os.environ.get("COMFYUI_PATH"):
         pytest.skip("TESSERA_BROWSER or COMFYUI_PATH is not set: run scripts/test, or scripts/setup_browser.py")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=SECONDS * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS, timeout=SECONDS * 1000)
         yield browser
@@ -146,6 +149,10 @@ class Files:
             Job(Checkpoint(source), target, recipes.builtin(recipe), lora).run()
         return target.name, lora.name
 
+    def lora(self, name, source="tiny_nvfp4_lora.safetensors"):
+        """Another name of a LoRA."""
+        shutil.copy(self.host.models("loras") / source, self.host.models("loras") / name)
+
 
 def folder_of(kind):
     """Where the files lie that a kind of node loads."""
@@ -156,8 +163,8 @@ def folder_of(kind):
 class Page:
     """An open frontend; `probe` is what tests/browser_page.js knows about it, `at` Playwright's page."""
 
-    def __init__(self, at, studio):
-        self.at, self.host, self.files = at, studio.host, studio.files
+    def __init__(self, at, studio, renderer):
+        self.at, self.host, self.files, self.renderer = at, studio.host, studio.files, renderer
         self.complaints, self.foreign = [], []
         at.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
         at.on("console", self._console)
@@ -181,10 +188,14 @@ class Page:
         self.at.reload()
         self.at.wait_for_function("window.probe?.ready()")
 
+    def until(self, expression):
+        """Waits for something to be true in the page."""
+        self.at.wait_for_function(expression)
+
     def check(self):
         """The page has had no error since the last check, and asked nothing of another machine."""
         found, self.complaints = self.complaints, []
-        assert found == []
+        assert not found, "\n".join(found)
         assert self.foreign == []
 
     def screenshot(self, name):
@@ -209,9 +220,13 @@ class Page:
         """Moves and zooms so that these nodes, or all, are in view."""
         self.probe("look", list(nodes), most)
 
+    def ended(self):
+        """How many runs have ended."""
+        return len(self.at.evaluate("window.probe.ends"))
+
     def start(self):
         """Queues the open workflow; how many had ended before."""
-        before = len(self.at.evaluate("window.probe.ends"))
+        before = self.ended()
         refused = self.probe("queue")
         if refused:
             raise Failed(refused)
@@ -237,21 +252,52 @@ class Page:
     def set(self, node, widget, value):
         self.probe("set", node, widget, value)
 
+    def setting(self, name, value):
+        self.at.evaluate("([name, value]) => window.app.extensionManager.setting.set(name, value)", [name, value])
+
+    def slider(self, node, widget):
+        """The slider of a widget, in Nodes 2.0."""
+        return (
+            self.at.locator(f'[data-node-id="{self.probe("mark", node)}"]').get_by_label(widget).get_by_role("slider")
+        )
+
+    def slide(self, node, widget, share):
+        """Drags a slider to a share of its way."""
+        if self.renderer == "nodes2":
+            box = self.slider(node, widget).locator("xpath=ancestor::*[@data-slot='slider']").bounding_box()
+            left, width, y = box["x"], box["width"], box["y"] + box["height"] / 2
+        else:
+            (left, y), (right, _) = self.probe("track", node, widget)
+            width = right - left
+        self.at.mouse.move(left + 0.6 * width, y)
+        self.at.mouse.down()
+        for part in (0.55, 0.5 * (0.55 + share), share, share):
+            self.at.mouse.move(left + part * width, y)
+            self.probe("drawn")  # a page takes a pointer's moves frame by frame
+        self.at.mouse.up()
+        self.probe("drawn")
+
     def inside(self, node):
-        """A locator of what a node's own widget shows, in both renderers."""
+        """A locator of what a node's own widget shows, in both renderers; good until the next page is opened."""
         return self.at.locator(f'[data-of-node="{self.probe("mark", node)}"]')
 
     def saved(self):
         """The workflow as the frontend would save it."""
         return self.probe("saved")
 
-    def pictures(self, prompt_id):
+    def pictures(self, end):
         """The files that a run saved."""
-        return self.host.files(self.host.get(f"/history/{prompt_id}")[prompt_id])
+        return self.host.files(self.host.get(f"/history/{end['prompt_id']}")[end["prompt_id"]])
 
     def press(self, node, x, y):
         """Clicks a point of a node's area."""
         self.at.mouse.click(*self.probe("point", node, x, y))
+
+
+def picture(paths):
+    """The pixels of the last of some files."""
+    with Image.open(paths[-1]) as image:
+        return np.asarray(image).astype(int)
 
 
 # Workflows for the tiny model

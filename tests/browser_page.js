@@ -17,7 +17,8 @@ window.probe = {
 
   async load(workflow) {
     await window.app.loadGraphData(workflow)
-    return this.drawn()
+    await this.drawn()
+    this.nodes().forEach((node) => this.mark(node.id))
   },
 
   /** After two frames, in which widgets find their places. */
@@ -89,6 +90,12 @@ window.probe = {
     const { ds, canvas } = window.app.canvas
     const box = canvas.getBoundingClientRect()
     return [box.left + (node.pos[0] + x + ds.offset[0]) * ds.scale, box.top + (node.pos[1] + y + ds.offset[1]) * ds.scale]
+  },
+
+  /** Both ends of a slider that LiteGraph draws, in the window. */
+  track(which, name) {
+    const { y } = this.widget(which, name)
+    return [this.point(which, 15, y + 12), this.point(which, this.node(which).size[0] - 15, y + 12)]
   },
 
   /** Queues what is open; what the host refused comes back as text. */

@@ -1,22 +1,41 @@
-"""What a user sees who opens the example workflows in ComfyUI's page and presses Run, in both renderers."""
+"""What a user sees who opens workflows in ComfyUI's page, runs, cancels and changes them, in both renderers."""
 
+import importlib.resources
 import json
+import re
 
-import numpy as np
 import pytest
-from PIL import Image
+import torch
+from playwright.sync_api import expect
+from safetensors.torch import save_file
 
-from browser import EXAMPLES, RENDERERS, Studio, example, for_tiny
+from browser import EXAMPLES, RENDERERS, Builder, Failed, Studio, example, for_tiny, picture
 
 pytestmark = pytest.mark.host
+
+QUANTIZE = "TesseraQuantize"
+WIDE = 119  # layers; a layer takes a fifth of a second or more, a reload of the page some seconds
+HOSTILE = "<img src=x onerror=hacked=1>.0.w"  # no reader takes a file with such a name
+STRANGE = ('"onmouseover="hacked=1.{}.w', "&lt;img src=x onerror=hacked=1&gt;.{}.w", "${{hacked=1}}{{{{hacked}}}}.{}.w")
 
 
 @pytest.fixture(scope="module")
 def studio():
     with Studio() as studio:
-        for path in EXAMPLES:
-            studio.files.named_by(json.loads(path.read_text(encoding="utf-8")))
+        prepare(studio)
         yield studio
+
+
+def prepare(studio):
+    """The files that the tests name."""
+    for path in EXAMPLES:
+        studio.files.named_by(json.loads(path.read_text(encoding="utf-8")))
+    folder = studio.host.models("diffusion_models")
+    wide = {f"layers.{i}.w.weight": torch.randn(512, 1536).bfloat16() for i in range(WIDE + 1)}
+    save_file(wide, folder / "wide.safetensors")
+    names = [name.format(i) for name in STRANGE for i in range(2)]
+    for file, layers in (("strange", names), ("hostile", [HOSTILE])):
+        save_file({f"{name}.weight": torch.randn(64, 64).bfloat16() for name in layers}, folder / f"{file}.safetensors")
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
@@ -32,6 +51,9 @@ def page(opened, request):
     opened.check()
 
 
+# Example workflows
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_opens_without_a_complaint(page, path):
     page.load(json.loads(path.read_text(encoding="utf-8")))
@@ -40,14 +62,110 @@ def test_example_opens_without_a_complaint(page, path):
     assert page.at.locator("[role=dialog]").count() == 0
 
 
-def pixels(page, end):
-    path = page.pictures(end["prompt_id"])[-1]
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
-
-
-def test_example_z_image_nvfp4_runs(page):
-    workflow = example("tessera_z_image_nvfp4")
+def test_example_with_a_strength_sweep_shows_its_grid(page):
+    workflow = example("tessera_strength_sweep")
     page.files.named_by(workflow, real=True)
     page.load(for_tiny(workflow))
-    assert pixels(page, page.run()).std() > 20
+    assert min(picture(page.pictures(page.run())).shape[:2]) > 256
+
+
+# Quantizing
+
+
+def quantizing(page, source, filename):
+    """A page with only a Quantize node."""
+    graph = Builder(page.host)
+    graph.add(QUANTIZE, size=(480, 320))
+    page.load(graph.workflow(), look=[QUANTIZE])
+    for widget, value in {"source": f"diffusion_models/{source}", "recipe": "nvfp4", "filename": filename}.items():
+        page.set(QUANTIZE, widget, value)
+
+
+def status(page):
+    return page.inside(QUANTIZE).locator("[data-part=job-status]")
+
+
+def test_a_quantization_survives_a_reload_and_is_cancelled(page):
+    quantizing(page, "wide.safetensors", f"cancelled_{page.renderer}")
+    page.start()
+    expect(status(page)).to_have_text(re.compile(rf"Layer \d+ of {WIDE}"))
+    page.look(QUANTIZE)
+    expect(page.inside(QUANTIZE).get_by_role("gridcell")).to_have_count(WIDE + 1)
+    page.reload()
+    expect(status(page)).to_have_text(re.compile(rf"Layer \d+ of {WIDE}"))
+    expect(page.inside(QUANTIZE).get_by_role("gridcell")).to_have_count(WIDE + 1)
+    before = page.ended()
+    page.look(QUANTIZE)
+    page.inside(QUANTIZE).locator("[data-part=cancel]").click()
+    with pytest.raises(Failed, match="execution_interrupted"):
+        page.wait(before)
+    expect(status(page)).to_contain_text("was cancelled")
+    assert not list(page.host.models("diffusion_models").glob("cancelled_*"))
+
+
+def test_names_of_layers_are_shown_as_text(page):
+    quantizing(page, "strange.safetensors", f"strange_{page.renderer}")
+    page.run()
+    expect(status(page)).to_contain_text("is made and checked")
+    page.look(QUANTIZE)
+    tiles = page.inside(QUANTIZE).get_by_role("gridcell")
+    expect(tiles).to_have_count(6)
+    labels = [tile.get_attribute("aria-label") for tile in tiles.all()]
+    assert {label.partition(": ")[0] for label in labels} == {name.format(i) for name in STRANGE for i in range(2)}
+    tiles.first.focus()
+    expect(page.inside(QUANTIZE).locator("[data-part=details]")).to_contain_text("hacked")
+    page.inside(QUANTIZE).locator("[data-part=report] summary").click()
+    expect(page.inside(QUANTIZE).locator("[data-part=report-table] tbody tr")).to_have_count(6)
+    assert nothing_ran(page)
+
+
+def test_a_name_with_markup_is_refused_and_shown_as_text(page):
+    quantizing(page, "hostile.safetensors", f"hostile_{page.renderer}")
+    with pytest.raises(Failed, match="hostile.safetensors: .*markup"):
+        page.run()
+    expect(page.inside(QUANTIZE).locator("[data-part=job-error]")).to_contain_text("img src=x onerror=hacked=1>.0.w")
+    assert nothing_ran(page)
+
+
+def nothing_ran(page):
+    return page.at.evaluate("typeof hacked === 'undefined' && !document.querySelector('img[src=x]')")
+
+
+# Around the workflow
+
+
+def template(name):
+    folder = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
+    return json.loads((folder / f"{name}.json").read_text("utf-8"))
+
+
+def kinds(page):
+    return sorted(page.at.evaluate("window.probe.nodes().map((node) => node.type)"))
+
+
+def test_loaders_of_the_official_template_are_swapped_and_swapped_back(page):
+    page.load(template("image_z_image_turbo"))
+    before = kinds(page)
+    assert {"UNETLoader", "CLIPLoader"} <= set(before)
+    page.at.evaluate("window.app.extensionManager.command.execute('Tessera.UseLoaders')")
+    swapped = {"UNETLoader": "TesseraDiffusionModelLoader", "CLIPLoader": "TesseraCLIPLoader"}
+    after = sorted(swapped.get(kind, kind) for kind in before)
+    page.until(f"window.probe.nodes().map((node) => node.type).sort().join() === {json.dumps(','.join(after))}")
+    expect(page.at.locator(".p-toast-message", has_text="Replaced")).to_contain_text("Load Diffusion Model")
+    page.at.evaluate("window.app.extensionManager.command.execute('Comfy.Undo')")
+    page.until(f"window.probe.nodes().map((node) => node.type).sort().join() === {json.dumps(','.join(before))}")
+
+
+def test_doctor_says_what_runs_here_and_copies_it(page):
+    page.at.locator(".tessera-tab-button").click()
+    doctor = page.at.locator("[data-part=doctor]")
+    expect(doctor.locator("[data-part=doctor-verdict]")).not_to_be_empty()
+    formats = doctor.locator("[data-part=doctor-format]").all()
+    assert {"nvfp4", "mxfp8"} <= {word for row in formats for word in row.get_attribute("data-formats").split()}
+    expect(doctor.locator("[data-part=doctor-machine]")).to_contain_text("torch")
+    doctor.locator("[data-part=doctor-copy]").click()
+    expect(doctor.locator("[data-part=doctor-copy]")).to_have_text("Copied")
+    copied = page.at.evaluate("navigator.clipboard.readText()")
+    assert "comfy-kitchen" in copied and "nvfp4" in copied and "|" in copied
+    page.screenshot(f"doctor {page.renderer}")
+    page.at.locator(".tessera-tab-button").click()
