@@ -195,8 +195,8 @@ def without_home(text: str) -> str:
     """A text with ~ for the user's own folder, however it is written."""
     home = os.path.expanduser("~")
     for path in sorted({home, os.path.realpath(home), home.replace("\\", "/")}, key=len, reverse=True):
-        if len(Path(path).parts) > 1:
-            text = re.sub(re.escape(path) + r"(?![\w.-])", "~", text)
+        if len(path.strip("/\\")) > 2:  # else it is a whole disk
+            text = re.sub(re.escape(path) + r"(?![\w.-])", "~", text, flags=re.IGNORECASE)
     return text
 
 

@@ -2,12 +2,20 @@
 
 import ast
 import asyncio
+import gc
+import inspect
+import json
 import re
 import subprocess
+import weakref
 
 import pytest
 
+import comfy_host
 from conftest import ROOT
+from tessera.checkpoint import Checkpoint
+from tessera.job import Job
+from tessera.quantization import recipe
 
 SOURCES = [
     path for path in subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split(
@@ -25,6 +33,7 @@ ALLOWED_MODULES = {  # why
     "kernels/ops.py": {"importlib"},  # our own Triton modules, once a GPU needs them
     "boot.py": {"importlib"},  # the pack itself, in a worker process
     "workers.py": {"runpy"},  # boot.py, first thing in each worker process
+    "host/routes.py": {"aiohttp", "asyncio"},  # two answers of the host's own server
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 FORBIDDEN_ATTRIBUTES = {"system", "popen", "execv", "execve", "spawnv", "spawnl", "fork", "startfile"}  # of os
@@ -68,30 +77,82 @@ def test_the_frontend_writes_text_and_talks_to_nobody(path):
     assert [word for word in MARKUP if word in text] == []
 
 
-@pytest.mark.host
-def test_the_pack_adds_no_http_route(models):
-    """PromptServer collects routes in one table; importing every node must leave it as it was."""
-    import server
+@pytest.fixture
+def server(models):
+    """A server with nothing in it, where the host's own would be; its table of routes."""
+    import sys
+
     from aiohttp import web
 
-    class Routes(web.RouteTableDef):
-        pass
+    table = web.RouteTableDef()
+    module = sys.modules.get("server") or type(sys)("server")
+    known = sys.modules.get("server"), getattr(getattr(module, "PromptServer", None), "instance", None)
+    if known[0] is None:
+        module.PromptServer = type("PromptServer", (), {})
+        sys.modules["server"] = module
+    module.PromptServer.instance = type("Server", (), {"routes": table, "app": web.Application()})()
+    yield module.PromptServer.instance
+    module.PromptServer.instance = known[1]
+    if known[0] is None:
+        del sys.modules["server"]
 
-    before = getattr(server.PromptServer, "instance", None)
-    table = Routes()
-    server.PromptServer.instance = type("Server", (), {"routes": table, "app": web.Application()})()
+
+@pytest.mark.host
+def test_the_pack_adds_two_routes_that_read_nothing(server):
+    """PromptServer collects routes in one table; loading the pack adds these, and nothing else anywhere."""
+    import sys
+
+    async def load():
+        extension = await sys.modules["tessera"].comfy_entrypoint()
+        await extension.on_load()
+        return await extension.get_node_list()
+
+    nodes = asyncio.run(load())
+    assert len(nodes) >= 13
+    assert [(route.method, route.path) for route in server.routes] == [
+        ("GET", "/tessera/jobs"), ("GET", "/tessera/doctor")]  # fmt: skip
+    assert list(server.app.router.routes()) == []
+    source = inspect.getsource(sys.modules["tessera.host.routes"])
+    assert not re.search(r"\brequest\s*[.\[]", source)  # no parameter, header or body is looked at
+
+
+@pytest.mark.host
+def test_without_a_server_nothing_is_registered_and_nothing_fails(models):
+    import sys
+
+    from tessera.host import routes
+
+    server = sys.modules.pop("server", None)
     try:
-        import sys
-
-        extension = asyncio.run(sys.modules["tessera"].comfy_entrypoint())
-        nodes = asyncio.run(extension.get_node_list())
-        added = list(table), list(server.PromptServer.instance.app.router.routes())
+        routes.register()
     finally:
-        if before is None:
-            del server.PromptServer.instance
-        else:
-            server.PromptServer.instance = before
-    assert len(nodes) >= 13 and added == ([], [])
+        sys.modules.update({"server": server} if server else {})
+
+
+@pytest.mark.host
+def test_what_jobs_say_stays_bounded_and_what_ended_holds_no_model(models, monkeypatch):
+    from comfy_api.latest._io import HiddenHolder
+
+    from tessera.host import jobs
+
+    monkeypatch.setattr(jobs, "_jobs", {})
+    sources = []
+    for number in range(4):
+        source = Checkpoint(comfy_host.TINY)
+        sources.append(weakref.ref(source))
+        with jobs.Live(HiddenHolder.from_dict({})) as live:
+            live.run(Job(source, models / "diffusion_models" / f"b{number}.safetensors",
+                         recipe.builtin("z_image_nvfp4"), rank=0))  # fmt: skip
+        del source
+    gc.collect()
+    assert [source() for source in sources] == [None] * 4
+    whole = json.loads(jobs.answer())["jobs"]
+    assert [bool(job["map"] and job["report"]) for job in whole] == [True] * 4
+    monkeypatch.setattr(jobs, "ANSWER", len(jobs.answer()) // 2)
+    text = jobs.answer()
+    short = json.loads(text)["jobs"]
+    assert [job["title"] for job in short] == [job["title"] for job in whole]  # all are told, the newest wholly
+    assert short[0] == whole[0] and short[-1]["map"] is None and len(text) < 1.2 * jobs.ANSWER
 
 
 @pytest.mark.host
