@@ -3,8 +3,8 @@
 import { addStyle, after, element, keepInside } from "./dom.js"
 import { api, app } from "./frontend.js"
 
-/** Nodes with a view of their own that says it. */
-const OTHERS = /^Tessera(DiffusionModelLoader|CLIPLoader|Plan|Inspect|Quantize)$/
+/** Nodes whose layer map says it. */
+const MAPS = /^Tessera(DiffusionModelLoader|CLIPLoader|Plan|Inspect)$/
 const HEIGHT = 74
 /** @type {Map<any, { show: (text: string) => void }>} views of nodes that have failed before */
 const views = new Map()
@@ -14,9 +14,10 @@ app.registerExtension({
   setup() {
     addStyle("tessera-error-style", STYLE)
     api.addEventListener("execution_error", (/** @type {any} */ { detail }) => {
-      if (!/^Tessera/.test(detail.node_type) || OTHERS.test(detail.node_type)) return
+      if (!/^Tessera/.test(detail.node_type) || MAPS.test(detail.node_type)) return
       const node = find(detail.node_id)
-      if (node) view(node).show(detail.exception_message?.trim() || detail.exception_type)
+      const message = detail.exception_message?.trim() || detail.exception_type
+      if (node && !says(node, message)) view(node).show(message)
     })
     api.addEventListener("execution_start", () => views.forEach(({ show }) => show("")))
   },
@@ -28,6 +29,11 @@ export function find(id) {
   const [last, ...folders] = String(id).split(":").reverse()
   for (const folder of folders.reverse()) graph = graph?.getNodeById(Number(folder))?.subgraph
   return graph?.getNodeById(Number(last))
+}
+
+/** Whether another part of the node says so already, as a job that failed does. @param {any} node @param {string} message */
+function says(node, message) {
+  return node.widgets?.some((/** @type {any} */ widget) => widget.name !== "error" && widget.element?.textContent.includes(message))
 }
 
 /** A node's place for a message, made when it first has one. @param {any} node */

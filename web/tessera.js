@@ -97,8 +97,11 @@ function cacheFolder() {
     .fetchApi("/tessera/doctor")
     .then((answer) => answer.json())
     .then(({ diagnosis: { comfyui } }) => {
-      const size = (comfyui.cache_bytes / 1e9).toFixed(comfyui.cache_bytes < 1e8 ? 3 : 1)
-      line.textContent = word("cache_now", "{0} GB in {1} files, {2}", size, comfyui.cache_files, comfyui.cache_folder)
+      const { cache_bytes: bytes, cache_files: files, cache_folder: folder } = comfyui
+      const size = (bytes / 1e9).toFixed(bytes < 1e8 ? 3 : 1)
+      line.textContent = files
+        ? word("cache_now", "{0} GB in {1} files, {2}", size, files, folder)
+        : word("cache_empty", "empty, {0}", folder)
     })
     .catch(() => {}) // an older server still runs: the folder's name alone
   return line
