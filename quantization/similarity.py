@@ -30,7 +30,7 @@ class Similarity:
         """Its numbers as they are shown: PSNR, SSIM, relative L2, cosine."""
         psnr = "identical" if self.identical else f"{self.psnr:.2f} dB"
         ssim = "too small" if math.isnan(self.ssim) else f"{self.ssim:.4f}"
-        return psnr, ssim, f"{self.relative_l2:.3%}", f"{self.cosine:.6f}"
+        return psnr, ssim, f"{100 * self.relative_l2:.3g} %", f"{self.cosine:.6f}"
 
 
 def of_pictures(a: Tensor, b: Tensor, names: tuple[str, str] = ("a", "b")) -> tuple[Similarity, list[Similarity]]:

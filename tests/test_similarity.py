@@ -61,7 +61,7 @@ def test_relative_l2_is_of_the_first():
 def test_a_picture_is_identical_to_itself():
     a, *_ = tensors("noisy")
     found, _ = similarity.of_pictures(a, a.clone())
-    assert found.identical and found.words() == ("identical", "1.0000", "0.000%", "1.000000")
+    assert found.identical and found.words() == ("identical", "1.0000", "0 %", "1.000000")
 
 
 def test_sums_of_a_large_picture_are_exact():
