@@ -83,11 +83,11 @@ function fix({ what, command, optional }) {
 function formats({ plans }, path, labels) {
   return byTarget(plans, labels).map(([target, some]) => {
     const badge = element("span", { className: `badge ${grade(path)}`, textContent: PATHS[path] ?? path })
-    const names = element("b", { textContent: some.join(", ") })
-    const into = target ? element("span", { textContent: word("doctor_into", "to {0}", target) }) : ""
+    const names = element("span", {}, [element("b", { textContent: some.join(", ") })])
+    if (target) names.append(` ${word("doctor_into", "to {0}", target)}`)
     const said = reasons(some.map((label) => plans[label].reason))
     const row = element("div", { className: "format" }, [
-      element("div", { className: "line" }, [badge, names, into]), ...said.map((reason) => element("small", { textContent: reason })),
+      element("div", { className: "line" }, [badge, names]), ...said.map((reason) => element("small", { textContent: reason })),
     ]) // prettier-ignore
     row.dataset.part = "doctor-format"
     row.dataset.path = path
@@ -152,6 +152,7 @@ const STYLE = `
 .tessera-doctor .line { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: baseline; }
 .tessera-doctor small { font-size: 11px; color: var(--quiet); overflow-wrap: anywhere; }
 .tessera-doctor .line small { flex: 1; min-width: 120px; }
+.tessera-doctor .format .line { flex-wrap: nowrap; }
 .tessera-doctor b { font-weight: 600; }
 .tessera-doctor .badge { flex: none; box-sizing: border-box; padding: 0 7px; border-radius: 9px; font-size: 11px; line-height: 18px; color: #fff; background: #6b6b6b; }
 .tessera-doctor .badge.good { background: #1f7a52; }

@@ -97,7 +97,7 @@ function attach(node) {
   error.setAttribute("role", "alert")
   const result = part("div", "job-result")
   const head = element("div", { className: "head" }, [status, cancel])
-  const inner = element("div", { className: "inner" }, [hint, head, bar, facts, error, view.element, result])
+  const inner = element("div", { className: "inner" }, [hint, head, error, bar, facts, view.element, result])
   const root = keepInside(element("div", { className: "tessera-job" }, [inner]))
   root.dataset.part = "job"
 
