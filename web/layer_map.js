@@ -1,6 +1,6 @@
 // @ts-check
 /** The layer map: what each layer of a model is stored in, what that costs and how it runs, to look at and, in a plan, to paint. */
-import { addStyle, element, keepInside, name } from "./dom.js"
+import { addStyle, button, element, keepInside, name } from "./dom.js"
 import { brush } from "./layer_map_brush.js"
 import { schemes } from "./layer_map_colours.js"
 import { costliest, describe, parse, percent } from "./layer_map_data.js"
@@ -13,9 +13,10 @@ const PAINT = "Choose a format to paint with, then click or drag over tiles, a r
 /**
  * @typedef {{ get: () => string, set: (text: string) => void }} Edits
  * @typedef {import("./layer_map_data.js").Layer} Layer
- * @param {{ editable?: Edits, onHeight?: () => void, width?: () => number }} [options] width: of the map, while it is not on the page
+ * `width` is the map's while it is not on the page; with `onFold` it can be folded to its facts.
+ * @param {{ editable?: Edits, onHeight?: () => void, width?: () => number, onFold?: (folded: boolean) => void }} [options]
  */
-export function layerMap({ editable, onHeight = () => {}, width: guess = () => 440 } = {}) {
+export function layerMap({ editable, onHeight = () => {}, width: guess = () => 440, onFold } = {}) {
   addStyle("tessera-map-style", STYLE)
   const [message, facts, bar, legend, details, notes] = ["p", "dl", "div", "div", "div", "p"].map((tag) => document.createElement(tag))
   for (const [part, made] of Object.entries({ message, facts, bar, legend, details, notes })) made.className = made.dataset.part = part
@@ -33,6 +34,7 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
   let by = "format"
   let width = 0
   let high = 40
+  let folded = false
 
   /** @param {any} payload as in tiles.py; null: nothing is known yet */
   function show(payload) {
@@ -51,8 +53,9 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
 
   function arrangeParts() {
     const paints = Boolean(editor && map?.editable)
-    const parts = map ? [facts, bar, ...(paints && editor ? [editor.tools] : []), grid.element, legend, notes, details] : []
-    inner.replaceChildren(...(message.textContent ? [message] : []), ...parts) // what grows under the brush is below it
+    const parts = [bar, ...(paints && editor ? [editor.tools] : []), grid.element, legend, notes, details]
+    const shown = map ? [facts, ...(folded ? [] : parts)] : []
+    inner.replaceChildren(...(message.textContent ? [message] : []), ...shown) // what grows under the brush is below it
     inner.classList.toggle("editable", paints)
   }
 
@@ -97,7 +100,27 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
       said.dataset.part = `fact-${label.replaceAll(" ", "-")}`
       return element("div", {}, [called, said])
     })
-    facts.replaceChildren(...shown)
+    facts.replaceChildren(...shown, ...(onFold ? [folder(onFold)] : []))
+  }
+
+  /** @param {(folded: boolean) => void} hear */
+  function folder(hear) {
+    const made = button(folded ? "Layers ▸" : "Layers ▾", "fold", folded ? "Show the layers" : "Hide the layers", () => {
+      hear(!folded)
+      fold(!folded)
+      facts.querySelector("button")?.focus()
+    })
+    made.setAttribute("aria-expanded", String(!folded))
+    return made
+  }
+
+  /** Leaves only the facts, or shows the layers again. @param {boolean} on */
+  function fold(on) {
+    if (on === folded) return
+    folded = on
+    arrangeParts()
+    drawFacts()
+    measure()
   }
 
   function drawChoices() {
@@ -149,7 +172,7 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
       const [layer, made] = [map.layers[index], tiles[index]]
       if (!layer || !made) continue
       const [style, mark] = of(layer)
-      const marks = [layer.rank && "branch", layer.edited && "edited", editor?.fixed(index) && "fixed", layer.state]
+      const marks = [layer.rank && "branch", layer.edited && "edited", editor?.fixed(index) && "fixed", layer.state, made.classList.contains("gathered") && "gathered"]
       made.className = ["tile", style, ...marks].filter(Boolean).join(" ")
       made.textContent = mark
       made.setAttribute("aria-label", `${layer.name}: ${describe(layer, map).lines.join("; ")}`)
@@ -227,7 +250,7 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
   new ResizeObserver(measure).observe(inner)
 
   note([])
-  return { element: root, show, tile, say, height: () => high, look: () => editor?.look() }
+  return { element: root, show, tile, say, fold, height: () => high, look: () => editor?.look() }
 }
 
 let made = 0 // maps on the page, for the names of their radio groups

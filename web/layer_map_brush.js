@@ -97,10 +97,7 @@ export function brush(edits, view) {
       ...brushes(map.layers).map((format) => brushButton(format)),
       brushButton(ERASER),
       ...rankField(),
-      element("span", { className: "push" }),
-      undo,
-      reset,
-      text,
+      element("span", { className: "push" }, [undo, reset, text]),
       ...(asText ? [area] : []),
     )
     const again = held ? tools.querySelector(`[data-part="${held}"]`) : null

@@ -38,6 +38,8 @@ export function tileGrid({ point, stroke, end, escape }) {
     inHand = panels[0]?.bands[0]?.columns[0]?.cells.find((cell) => cell !== undefined) ?? 0
     gathered = []
     built = ""
+    tiles = []
+    places = []
   }
 
   /** Builds the lines where they have changed, and gives every column its width; true if tiles are new. @param {number} width */
@@ -217,7 +219,9 @@ export function tileGrid({ point, stroke, end, escape }) {
     window.addEventListener("pointercancel", done, true)
   })
   root.addEventListener("contextmenu", (event) => {
-    if (layersAt(event.target).length && stroke([], true)) event.preventDefault()
+    if (!layersAt(event.target).length || !stroke([], true)) return
+    event.preventDefault()
+    event.stopPropagation() // no menu of the node either
   })
 
   root.addEventListener("keydown", (event) => {
@@ -278,7 +282,7 @@ export function tileGrid({ point, stroke, end, escape }) {
     if (key === "ArrowUp") return near(Math.max(0, row - 1), column)
     if (key === "ArrowDown") return near(Math.min(last, row + 1), column)
     if (key === "Home") return near(far ? 0 : row, 0)
-    if (key === "End") return near(far ? last : row, Infinity)
+    if (key === "End") return near(far ? last : row, 1e6)
     return null
   }
 

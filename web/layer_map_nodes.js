@@ -14,6 +14,8 @@ const NODES = {
 }
 const WIDE = 460 // pixels, the least a map is good in
 const SLACK = 28 // by which a node may be taller than it was made without its user having meant it
+const TALL = 330 // about, of a map
+const FOLDED = "Layer map folded" // property of a node, once its user has said so
 /** @type {Map<any, { fail: (message: string) => void, start: () => void, look: () => void,
  *   cached: (id: string) => void }>} by node */
 const maps = new Map()
@@ -53,6 +55,16 @@ function remembered(node) {
   return app.nodeOutputs?.[id]?.tessera_map?.[0] ?? memory.get(key(node))
 }
 
+/** Whether a node that grows so would cover no other. @param {any} node @param {number} width @param {number} height */
+function hasRoom(node, width, height) {
+  const [x, y] = node.pos
+  const covered = (/** @type {any} */ other) => {
+    const [[left, top], [wide, high]] = [other.pos, other.size]
+    return left < x + width && left + wide > x && top - 30 < y + height && top + high > y // 30: a title
+  }
+  return !node.graph?.nodes?.some((/** @type {any} */ other) => other !== node && covered(other))
+}
+
 /** What the server remembers of a node that it need not run again; a page that was reloaded has forgotten. @param {string} id @param {string} kind */
 async function fromHistory(id, kind) {
   const answer = await api.fetchApi("/history?max_items=20")
@@ -74,7 +86,7 @@ function attach(node, kind) {
       node.graph?.setDirtyCanvas(true, true)
     },
   }
-  const view = layerMap({ editable, onHeight: fit, width: () => node.size[0] - 24 })
+  const view = layerMap({ editable, onHeight: fit, width: () => node.size[0] - 24, onFold: fold })
 
   /** Makes room for the map, and gives it back unless the user has made the node taller. */
   function fit() {
@@ -91,9 +103,21 @@ function attach(node, kind) {
     shown = payload
     memory.set(key(node), payload)
     failed = false
-    if (node.size[0] < WIDE) node.setSize([WIDE, node.size[1]])
+    const room = !kind.endsWith("Loader") || hasRoom(node, Math.max(node.size[0], WIDE), Math.max(node.size[1], node.computeSize()[1] + TALL))
+    const folded = node.properties?.[FOLDED] ?? !room
+    if (!folded) widen()
+    view.fold(folded)
     view.show(payload)
     say()
+  }
+
+  function widen() {
+    if (node.size[0] < WIDE) node.setSize([WIDE, node.size[1]])
+  }
+
+  function fold(/** @type {boolean} */ folded) {
+    node.setProperty(FOLDED, folded)
+    if (!folded) widen()
   }
 
   /** What there is to say besides the map. */

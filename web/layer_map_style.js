@@ -28,10 +28,12 @@ export const STYLE = `
 .tessera-map .message.error { color: var(--error-text, #ff4444); border-left: 3px solid currentColor; padding-left: 8px; max-height: 190px; overflow: auto; }
 .tessera-map .facts { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0; }
 .tessera-map .facts div { display: flex; flex-direction: column-reverse; min-width: 0; }
+.tessera-map .facts button { margin-left: auto; align-self: start; flex: none; }
 .tessera-map .facts dt { color: var(--quiet); font-size: 10px; }
 .tessera-map .facts dd { margin: 0; font-size: 14px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tessera-map .facts dt b { margin-left: 5px; color: var(--input-text, #ddd); font-variant-numeric: tabular-nums; }
 .tessera-map .editable .facts { flex-wrap: nowrap; overflow: hidden; white-space: nowrap; }
+.tessera-map .editable .facts div:not(:nth-child(4)) { flex: none; }
 .tessera-map .editable .facts :is(dd, dt) { overflow: hidden; text-overflow: ellipsis; }
 .tessera-map .bar { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; min-height: 20px; }
 .tessera-map .by { display: inline-flex; border: 1px solid var(--line); border-radius: 5px; overflow: hidden; }
@@ -64,7 +66,7 @@ export const STYLE = `
 .tessera-map .painting .tile.fixed { cursor: not-allowed; }
 .tessera-map .editable .tile.fixed { opacity: 0.5; }
 .tessera-map .tools { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
-.tessera-map .tools .push { flex: 1; }
+.tessera-map .tools .push { display: inline-flex; gap: 4px; margin-left: auto; }
 .tessera-map .brush { display: inline-flex; gap: 5px; align-items: center; padding: 0 7px 0 3px; }
 .tessera-map .brush[aria-pressed="true"], .tessera-map [data-part="mode"][aria-pressed="true"] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); font-weight: 600; }
 .tessera-map .tools .text { flex-basis: 100%; height: 74px; padding: 4px 6px; resize: none; font: 11px/1.4 monospace; cursor: text; white-space: pre; }
