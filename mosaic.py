@@ -74,7 +74,7 @@ def of_inspection(title: str, tiles: Sequence[Tile], facts: Sequence[tuple[str, 
     """A model that is loaded, its tiles made by who knows the host."""
     quantized = [tile for tile in tiles if tile.quantized]
     weights = sum(math.prod(tile.shape) for tile in tiles)
-    found = [("in memory", gigabytes(sum(tile.nbytes for tile in tiles)))] if tiles else []
+    found = [("layers in memory", gigabytes(sum(tile.nbytes for tile in tiles)))] if tiles else []
     if weights:
         found.append(("bits per weight", f"{8 * sum(tile.nbytes for tile in tiles) / weights:.2f}"))
     found += [*_errors(quantized, measure), *facts]
