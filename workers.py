@@ -88,7 +88,9 @@ class Here:
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
         for task in tasks:
-            yield run(task)
+            done = run(task)
+            del task  # and its weight, before the next one is read
+            yield done
 
 
 class Processes:

@@ -78,7 +78,8 @@ class INT8(Format):
     def encode(self, weight: Tensor) -> Quantized:
         """Scale amax/127 (at least 1e-30), round half to even; rotation in fp32."""
         rotated = self.rotate(weight)
-        amax = rotated.abs().amax(1, keepdim=True) if self.per_row else rotated.abs().amax()
+        most, least = (rotated.amax(1, True), rotated.amin(1, True)) if self.per_row else rotated.aminmax()[::-1]
+        amax = torch.maximum(most, -least)  # of |rotated|, which would be a copy
         return self.encode_with(rotated, (amax / 127.0).clamp(min=1e-30))
 
     def encode_with(self, rotated: Tensor, scale: Tensor) -> Quantized:

@@ -201,7 +201,9 @@ class _Layer:
         (MiniLM, 1 - cos of the embedding). With statistics it takes a hundredth.
         """
         error = self.format.decode(quantized).sub_(weight).neg_()
-        return _rest(weight, lowrank.fit(error, self.settings.rank, self.seed), True)
+        branch = lowrank.fit(error, self.settings.rank, self.seed)
+        del error  # as large as the weight
+        return _rest(weight, branch, True)
 
     def round(self, weight: Tensor, metric: Moment | None) -> Quantized:
         if metric is not None and isinstance(self.format, gptq.FORMATS):
