@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import comfy.quant_ops
@@ -94,16 +95,25 @@ def inspect(patcher) -> Inspection:
         hint = [f"{others} quantized layers from another loader: ComfyUI runs them, Tessera has not planned them"]
         merged = guard.merged_hint(patcher)
         return Inspection([*(hint if others else []), *([merged] if merged else [])], [])
-    layers = {name: module for name, module in patcher.model.named_modules() if isinstance(module, Planned)}
-    rows = []
-    for name, (label, plan) in found.items():
-        path = next((path for path in layers if path == name or path.endswith(f".{name}")), None)
-        if path is not None:
-            rows.append(_row(name, label, plan, layers[path], loading.costs.get(name, (None, None))))
+    layers = _by_name(patcher, found)
+    rows = [_row(name, label, plan, layers[name], loading.costs.get(name, (None, None)))
+            for name, (label, plan) in found.items() if name in layers]  # fmt: skip
     stack = [f"beside the weights: {entry.name}, strength {strength:g}{'' if schedule is None else f', {schedule}'}"
              for entry, strength, schedule in stacking.entries(patcher) if not entry.absorbed]  # fmt: skip
     merged = guard.merged_hint(patcher)
     return Inspection([*plan_lines(patcher), *stack, *([merged] if merged else [])], rows)
+
+
+def _by_name(patcher, names: Mapping[str, object]) -> dict[str, Planned]:
+    """The modules by the names they were loaded under: the ends of their paths."""
+    found: dict[str, Planned] = {}
+    for path, module in patcher.model.named_modules():
+        if isinstance(module, Planned):
+            parts = path.split(".")
+            name = next((end for i in range(len(parts)) if (end := ".".join(parts[i:])) in names), None)
+            if name is not None:
+                found.setdefault(name, module)
+    return found
 
 
 def _row(name: str, label: str, plan: Plan, layer: Carrying, cost) -> Row:
