@@ -26,7 +26,7 @@ export function parse(payload) {
       index, name: String(name), format, shape: of("shape") ?? [], bits: number(of("bits")) ?? 0,
       nbytes: number(of("nbytes")) ?? 0, error: number(of("error")), corrected: number(of("corrected")),
       sensitivity: number(of("sensitivity")), kernel: words(payload.kernels, of("kernel")),
-      ran: of("ran")?.map(([kernel, calls]) => [words(payload.kernels, kernel), calls]) ?? null,
+      ran: of("ran")?.map((/** @type {any[]} */ [kernel, calls]) => [words(payload.kernels, kernel), calls]) ?? null,
       path: of("path") ?? "", reason: words(payload.reasons, of("reason")), rank: of("rank") ?? 0,
       strength: number(of("strength")), edited: Boolean(of("edited")), kept: words(payload.formats, of("kept")),
       added: number(of("added")), planned: words(payload.formats, of("planned")) || format,
