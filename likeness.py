@@ -29,8 +29,7 @@ class Likeness:
 
     def line(self) -> str:
         """The numbers in a line."""
-        psnr, ssim, relative, cosine = self.all.words()
-        return f"PSNR {psnr}, SSIM {ssim}, relative L2 {relative}, cosine {cosine}"
+        return _line(self.all)
 
     def markdown(self) -> str:
         """The numbers as a table, a row for each pair."""
@@ -49,11 +48,16 @@ class Likeness:
     def side_by_side(self) -> Tensor:
         """[n, h, w, 3]: a, b and the difference, on one scale for all."""
         top, made = pictures.top_of(self.difference), []
-        for a, b, difference in zip(*self.shown, self.difference, strict=True):
+        for a, b, difference, one in zip(*self.shown, self.difference, self.each, strict=True):
             three = [pictures.image(a), pictures.image(b), pictures.coloured(difference, top)]
-            labels = (*self.labels, self.what)
-            made.append(pictures.side_by_side([*zip(labels, map(pictures.enlarged, three), strict=True)], top))
+            columns = zip((*self.labels, "difference"), map(pictures.enlarged, three), strict=True)
+            made.append(pictures.side_by_side([*columns], top, _line(one)))
         return pictures.tensor(made)
+
+
+def _line(one: Similarity) -> str:
+    psnr, ssim, relative, cosine = one.words()
+    return f"PSNR {psnr}, SSIM {ssim}, relative L2 {relative}, cosine {cosine}"
 
 
 def of_pictures(a: Tensor, b: Tensor, labels: tuple[str, str]) -> Likeness:

@@ -76,14 +76,16 @@ def heat_map(plane: Tensor, top: float, label: str) -> Image:
     return side_by_side([(label, enlarged(coloured(plane, top)))], top)
 
 
-def side_by_side(columns: Sequence[tuple[str, Image]], top: float | None = None) -> Image:
-    """Pictures of one height, each under its label; `top`: the last one is on the colour scale, which stands beside."""
+def side_by_side(columns: Sequence[tuple[str, Image]], top: float | None = None, said: str = "") -> Image:
+    """Pictures of one height, each under its label, with what is said of them below; `top`: the last one is on the
+    colour scale, which stands beside."""
     height = columns[0][1].height
-    size = _text_size(height)
+    size = _text_size(height * (1.6 if len(columns) > 1 else 1))  # a wide sheet is shown small
     gap, head = size // 2, 2 * size
     bar = 0 if top is None else 5 * size
     width = sum(picture.width + gap for _, picture in columns) + gap + bar
-    sheet, pen = _sheet(width, height + head + gap)
+    sheet, pen = _sheet(width, height + head + (2 * size if said else gap))
+    pen.text((gap, head + height + size), _fitting(pen, said, size, width - 2 * gap), INK, _font(size), "lm")
     left = gap
     for label, picture in columns:
         sheet.paste(picture, (left, head))

@@ -2,7 +2,7 @@
 /** Runs the workflow when a strength slider is let go: the setting Tessera.QueueOnRelease. */
 import { after } from "./dom.js"
 import { api, app } from "./frontend.js"
-import { queuesItself, release } from "./strength_data.js"
+import { duty, release } from "./strength_data.js"
 
 const SETTING = "Tessera.QueueOnRelease"
 /** @type {Record<string, string[]>} node -> its strengths */
@@ -57,6 +57,15 @@ function watch(widget) {
 }
 
 function wanted() {
-  const settings = app.extensionManager?.setting
-  return settings?.get(SETTING) === true && !queuesItself(app.extensionManager?.queueSettings?.mode)
+  const manager = app.extensionManager
+  if (manager?.setting?.get(SETTING) !== true) return false
+  const what = duty(manager.queueSettings?.mode)
+  if (what === "look") lookForChanges(manager.workflow?.activeWorkflow?.changeTracker)
+  return what === "run"
+}
+
+/** In Nodes 2.0 the frontend misses a slider until the next click. What it has seen, it runs once. @param {any} tracker */
+function lookForChanges(tracker) {
+  if (tracker?.captureCanvasState) tracker.captureCanvasState()
+  else tracker?.checkState?.()
 }

@@ -64,7 +64,12 @@ export function release({ wanted, run, wait = setTimeout, forget = clearTimeout 
   }
 }
 
-/** Whether the frontend queues by itself after a change. @param {string | undefined} mode of its Run button */
-export function queuesItself(mode) {
-  return mode === "change" || mode === "instant-running" || mode === "instant"
+/**
+ * What a release has to do where the frontend's Run button is in a mode: run; tell the frontend to look for changes, as it
+ * then runs by itself; nothing, where it runs all the time.
+ * @param {string | undefined} mode @returns {"run" | "look" | "nothing"}
+ */
+export function duty(mode) {
+  if (mode === "change") return "look"
+  return mode === "instant-running" || mode === "instant" ? "nothing" : "run"
 }

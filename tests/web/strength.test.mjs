@@ -2,7 +2,7 @@
 import assert from "node:assert/strict"
 import { test } from "node:test"
 
-import { REST, queuesItself, release } from "../../web/strength_data.js"
+import { REST, duty, release } from "../../web/strength_data.js"
 
 /** A release with a clock of its own: what ran, and how to let time pass. */
 function made({ wanted = () => true, taken = () => true } = {}) {
@@ -128,6 +128,6 @@ test("nothing runs where it is not wanted, and nothing is made up for later", as
 })
 
 test("the frontend's own modes are known by name", () => {
-  assert.deepEqual(["disabled", "change", "instant-idle", "instant-running", "instant", undefined].map(queuesItself),
-                   [false, true, false, true, true, false])
+  const modes = ["disabled", "instant-idle", undefined, "change", "instant-running", "instant"]
+  assert.deepEqual(modes.map(duty), ["run", "run", "run", "look", "nothing", "nothing"])
 })
