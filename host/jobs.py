@@ -46,9 +46,10 @@ class Live:
         self._rows: Sequence[LayerReport] = ()
         self.map: dict | None = None  # once it has ended; while it runs it is made when asked for
         self.state = {
-            "job": uuid.uuid4().hex, "count": 0, "node": hidden.unique_id, "prompt": context.prompt_id if context else None,
-            "workflow": _workflow(hidden.extra_pnginfo), "state": RUNNING, "title": "", "index": 0, "total": 0,
-            "verifying": False, "seconds_left": None, "share": 0.0, "nbytes": 0, "target_bytes": 0, "source_bytes": 0,
+            "job": uuid.uuid4().hex, "count": 0, "node": hidden.unique_id,
+            "prompt": context.prompt_id if context else None, "workflow": _workflow(hidden.extra_pnginfo),
+            "state": RUNNING, "title": "", "index": 0, "total": 0, "verifying": False, "seconds_left": None,
+            "share": 0.0, "nbytes": 0, "target_bytes": 0, "source_bytes": 0,
             "source": "", "measure": mosaic.WEIGHT, "error": None, "corrected": None, "layer": "", "format": "",
             "last": None, "message": "", "report": None, "file": None,
         }  # fmt: skip
