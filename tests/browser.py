@@ -11,6 +11,7 @@
 
 import contextlib
 import copy
+import io
 import json
 import os
 import re
@@ -32,7 +33,7 @@ TESTS = ROOT / "tests"
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 SCREENSHOTS = Path(os.environ.get("TESSERA_CACHE") or ROOT / ".cache") / "screenshots"
 RENDERERS = ("litegraph", "nodes2")
-SECONDS = 60  # to wait for anything; machines of continuous integration are slow
+SECONDS, RUN = 60, 300  # to wait for anything, for a workflow; machines of continuous integration are slow
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--no-first-run",
@@ -204,15 +205,19 @@ class Page:
         self.at.screenshot(path=path)
         return path
 
+    def picture(self):
+        """What is shown now, as a file in memory."""
+        return io.BytesIO(self.at.screenshot())
+
     def probe(self, name, *arguments):
         """Calls one of the functions of `window.probe`."""
         return self.at.evaluate("([name, given]) => window.probe[name](...given)", [name, list(arguments)])
 
     # Workflows
 
-    def load(self, workflow, look=()):
-        """Opens a workflow and looks at all of it, or at some nodes."""
-        self.probe("load", workflow)
+    def load(self, workflow, look=(), name=None):
+        """Opens a workflow, in a tab of some name, and looks at all of it, or at some nodes."""
+        self.probe("load", workflow, name)
         assert self.probe("missing") == []
         self.look(*look)
 
@@ -220,28 +225,27 @@ class Page:
         """Moves and zooms so that these nodes, or all, are in view."""
         self.probe("look", list(nodes), most)
 
-    def ended(self):
-        """How many runs have ended."""
-        return len(self.at.evaluate("window.probe.ends"))
+    def queued(self):
+        """The prompts that this page has queued since it was opened."""
+        return self.at.evaluate("window.probe.queued")
 
     def start(self):
-        """Queues the open workflow; how many had ended before."""
-        before = self.ended()
+        """Queues the open workflow: its prompt id."""
         refused = self.probe("queue")
         if refused:
             raise Failed(refused)
-        return before
+        return self.queued()[-1]
 
-    def wait(self, before, timeout=SECONDS):
-        """How what was queued ended: the event's data."""
-        self.at.wait_for_function("n => window.probe.ends.length > n", arg=before, timeout=timeout * 1000)
-        end = self.at.evaluate("n => window.probe.ends[n]", before)
+    def wait(self, prompt, timeout=RUN):
+        """The files that a run saved, when it has ended well."""
+        find = "prompt => window.probe.ends.find((end) => end.prompt_id === prompt)"
+        end = self.at.wait_for_function(find, arg=prompt, timeout=timeout * 1000).json_value()
         if end["type"] != "execution_success":
             raise Failed(f"{end['type']} in {end.get('node_type')}: {end.get('exception_message', '')}")
         self.probe("drawn")
-        return end
+        return self.host.files(self.host.get(f"/history/{prompt}")[prompt])
 
-    def run(self, timeout=SECONDS):
+    def run(self, timeout=RUN):
         return self.wait(self.start(), timeout)
 
     # Nodes
@@ -284,14 +288,6 @@ class Page:
     def saved(self):
         """The workflow as the frontend would save it."""
         return self.probe("saved")
-
-    def pictures(self, end):
-        """The files that a run saved."""
-        return self.host.files(self.host.get(f"/history/{end['prompt_id']}")[end["prompt_id"]])
-
-    def press(self, node, x, y):
-        """Clicks a point of a node's area."""
-        self.at.mouse.click(*self.probe("point", node, x, y))
 
 
 def picture(paths):

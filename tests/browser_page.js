@@ -1,8 +1,9 @@
 // What tests/browser.py asks of a page: `window.probe`. Runs before the frontend does.
 window.probe = {
-  ends: [], // how each queued prompt ended, in order: { type, prompt_id, ... }
+  queued: [], // prompt ids, in order
+  ends: [], // how prompts ended: { type, prompt_id, ... }
 
-  /** The frontend is there, with every extension; counts ends from now on. */
+  /** The frontend is there, with every extension; keeps what is queued and how it ends from now on. */
   ready() {
     const app = window.app
     if (!app?.graph || !app.extensionManager?.setting || !app.canvas?.graph) return false
@@ -11,12 +12,18 @@ window.probe = {
       this.listens = true
       for (const type of ["execution_success", "execution_error", "execution_interrupted"])
         app.api.addEventListener(type, ({ detail }) => this.ends.push({ type, ...detail }))
+      const queue = app.api.queuePrompt
+      app.api.queuePrompt = async (...given) => {
+        const answer = await queue.apply(app.api, given)
+        this.queued.push(answer.prompt_id)
+        return answer
+      }
     }
     return true
   },
 
-  async load(workflow) {
-    await window.app.loadGraphData(workflow)
+  async load(workflow, name) {
+    await window.app.loadGraphData(workflow, true, true, name)
     await this.drawn()
     this.nodes().forEach((node) => this.mark(node.id))
   },

@@ -48,24 +48,25 @@ def sampled(page):
 
 def test_strength_moves_by_pointer_and_key_and_changes_the_picture(page):
     page.load(sampled(page), look=[CORRECTION])
-    whole = picture(page.pictures(page.run()))
+    whole = picture(page.run())
     page.slide(CORRECTION, "strength", -0.1)
     assert page.value(CORRECTION, "strength") == 0
-    without = picture(page.pictures(page.run()))
+    without = picture(page.run())
     assert (whole != without).any()
     if page.renderer == "nodes2":  # the canvas of LiteGraph has no keyboard
         page.slider(CORRECTION, "strength").press("ArrowRight")
         assert page.value(CORRECTION, "strength") > 0
     page.set(CORRECTION, "strength", 1)
-    assert (picture(page.pictures(page.run())) == whole).all()
+    assert (picture(page.run()) == whole).all()
 
 
 def test_strength_runs_when_it_is_released(page):
     page.load(sampled(page), look=[CORRECTION])
     page.setting("Tessera.QueueOnRelease", True)
-    before = page.ended()
+    count = len(page.queued())
     page.slide(CORRECTION, "strength", 0.25)
-    page.wait(before)
+    page.until(f"window.probe.queued.length === {count + 1}")
+    page.wait(page.queued()[-1])
     page.setting("Tessera.QueueOnRelease", False)
 
 
@@ -136,7 +137,13 @@ def planning(page):
     model = graph.add("UNETLoader", ["tiny.safetensors", "default"])
     graph.add(PLAN, size=(520, 420), model=(model, 0))
     page.load(graph.workflow(), look=[PLAN])
-    for widget, value in {"target_size_gb": 0.0085, "minutes": 0.0, "ranks": "0, 16", "name": page.renderer}.items():
+    for widget, value in {
+        "target_size_gb": 0.0085,
+        "minutes": 0.0,
+        "ranks": "0",
+        "name": page.renderer,
+        "int8_convrot": False,
+    }.items():
         page.set(PLAN, widget, value)
 
 

@@ -1,0 +1,218 @@
+"""Takes the pictures of the README, docs/gallery.md and the help pages: a real ComfyUI, its page, the tiny model.
+
+    scripts/screenshots              all of them: docs/images/*.jpg and web/docs/images/<NodeId>.jpg
+    scripts/screenshots plan doctor  some, by name; a node's help picture by its id
+
+Two models: the tiny one of the tests, which draws shapes, and one of 34 blocks made of its layers, which draws nothing
+but has a map like a large model's. Names, figures and pictures are what ComfyUI showed.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from comfy_host import TINY, load_pack  # noqa: E402
+
+load_pack("tessera", ROOT)
+from browser import EXAMPLES, Builder, Studio, example, for_tiny  # noqa: E402
+
+GALLERY, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
+SMALL, LARGE = (1280, 800), (1920, 1080)
+BLOCKS = 30
+HELP_BYTES = 60_000  # the most a help picture may take
+HELP_WIDTH = 800
+
+
+def deep(path):
+    """A model with as many blocks as Z-Image, each the tiny model's with noise of its own."""
+    torch.manual_seed(0)
+    tensors, blocks = {}, {}
+    for name, tensor in load_file(TINY).items():
+        found = re.match(r"layers\.(\d+)\.(.*)", name)
+        if found:
+            blocks.setdefault(int(found[1]), {})[found[2]] = tensor
+        else:
+            tensors[name] = tensor
+    for block in range(BLOCKS):
+        for name, tensor in blocks[block % len(blocks)].items():
+            rough = torch.randn_like(tensor.float()) * tensor.float().std() if tensor.ndim == 2 else 0
+            rare = torch.rand(tensor.shape) < 0.002 * (block % 7) if tensor.ndim == 2 else 0
+            tensors[f"layers.{block}.{name}"] = (tensor.float() + 0.3 * rough + 6 * rough * rare).to(tensor.dtype)
+    save_file(tensors, path)
+
+
+class Scenes:
+    """Every picture by its name: a function that brings a page to where it is taken, and how it is taken."""
+
+    def __init__(self, studio):
+        self.studio, self.host = studio, studio.host
+
+    @contextlib.contextmanager
+    def page(self, renderer="nodes2", viewport=SMALL, dark=True):
+        quiet = {"LiteGraph.Canvas.MinFontSizeForLOD": 0}
+        with self.studio.page(renderer, viewport, dark, quiet) as page:
+            yield page
+            page.check()
+
+    def opened(self, page, name, steps=8):
+        workflow = example(name)
+        self.studio.files.named_by(workflow, real=True)
+        page.load(for_tiny(workflow, steps=steps), name=name)
+
+    # The gallery
+
+    def gallery_map(self):
+        """Loader, correction and sampler after a run."""
+        with self.page() as page:
+            self.opened(page, "tessera_z_image_nvfp4")
+            page.run(600)
+            page.look()
+            point_at_a_tile(page, "TesseraDiffusionModelLoader", 3)
+            return page.picture()
+
+    def gallery_map_light(self):
+        """The same in the light theme and the older renderer."""
+        with self.page("litegraph", dark=False) as page:
+            self.opened(page, "tessera_z_image_nvfp4")
+            self.host.post("/free", {"unload_models": True, "free_memory": True})
+            page.run(600)
+            page.look()
+            return page.picture()
+
+    def gallery_plan(self):
+        """A plan for a model of 34 blocks, with layers painted by hand."""
+        with self.page() as page:
+            self.plan(page)
+            page.look("TesseraPlan", most=1.25)
+            page.inside("TesseraPlan").locator("[data-part=brush-mxfp8]").click()
+            for tile in page.inside("TesseraPlan").locator("[data-part=tile][aria-label*='nvfp4']").all()[40:46]:
+                tile.click()
+            return page.picture()
+
+    def plan(self, page):
+        graph = Builder(self.host)
+        model = graph.add("UNETLoader", ["deep.safetensors", "default"])
+        graph.add("TesseraPlan", size=(640, 420), model=(model, 0))
+        page.load(graph.workflow(), name="plan", look=["TesseraPlan"])
+        wanted = {"target_size_gb": 0.042, "minutes": 0.0, "ranks": "0, 16, 32", "name": "deep_planned"}
+        for widget, value in wanted.items():
+            page.set("TesseraPlan", widget, value)
+        page.run(600)
+
+    def quantizing(self, page, filename):
+        graph = Builder(self.host)
+        graph.add("TesseraQuantize", size=(640, 380))
+        page.load(graph.workflow(), name="quantize", look=["TesseraQuantize"])
+        wanted = {"source": "diffusion_models/deep.safetensors", "recipe": "z_image_nvfp4", "filename": filename}
+        for widget, value in wanted.items():
+            page.set("TesseraQuantize", widget, value)
+        page.start()
+        page.inside("TesseraQuantize").get_by_role("gridcell").first.wait_for()
+
+    def gallery_quantize(self):
+        """A quantization at a third of its way."""
+        with self.page() as page:
+            self.quantizing(page, "shown")
+            status = "document.querySelector('[data-part=job-status]').textContent.match(/Layer (\\d+)/)"
+            page.at.wait_for_function(f"Number({status}?.[1]) > 70", timeout=600_000)
+            page.look("TesseraQuantize", most=1.1)
+            made = page.picture()
+            page.inside("TesseraQuantize").locator("[data-part=cancel]").click()
+            page.inside("TesseraQuantize").get_by_text("was cancelled").wait_for(timeout=600_000)
+            return made
+
+    def gallery_sweep(self):
+        """The correction at several strengths, as grid and curve."""
+        with self.page(viewport=LARGE) as page:
+            self.opened(page, "tessera_strength_sweep")
+            page.run(600)
+            page.look()
+            return page.picture()
+
+    def gallery_compare(self):
+        """From calibration to comparison, all of it."""
+        with self.page(viewport=LARGE) as page:
+            self.opened(page, "tessera_calibrate_plan_quantize_compare")
+            page.set("TesseraPlan", "target_size_gb", 0.0085)
+            page.set("TesseraPlan", "minutes", 0.2)
+            page.run(900)
+            page.look()
+            return page.picture()
+
+    def gallery_doctor(self):
+        """The sidebar tab."""
+        with self.page() as page:
+            self.opened(page, "tessera_z_image_nvfp4")
+            page.at.locator(".tessera-tab-button").click()
+            page.at.locator("[data-part=doctor][data-state=ready]").wait_for()
+            return page.picture()
+
+    def gallery_stack(self):
+        """Rows of LoRAs."""
+        with self.page("litegraph") as page:
+            self.stack(page)
+            return page.picture()
+
+    def stack(self, page):
+        for name in ("film_grain.safetensors", "ink_lines.safetensors", "soft_light.safetensors"):
+            self.studio.files.lora(name)
+        page.reload()
+        text = "film_grain.safetensors : 0.8\n# ink_lines.safetensors : 1\nsoft_light.safetensors : 0.35 : 0"
+        graph = Builder(self.host)
+        model = graph.add("TesseraDiffusionModelLoader", ["tiny_nvfp4.safetensors"])
+        clip = graph.add("TesseraCLIPLoader", ["qwen_3_4b.safetensors", "lumina2"])
+        graph.add("TesseraLoRAStack", [text], size=(520, 240), model=(model, 0), clip=(clip, 0))
+        page.load(graph.workflow(), name="stack", look=["TesseraLoRAStack"])
+
+
+def point_at_a_tile(page, node, index):
+    tile = page.inside(node).get_by_role("gridcell").nth(index)
+    tile.wait_for()
+    tile.hover()
+
+
+def save(data, path, most, width=None):
+    """A JPEG of at most so many bytes, in the best quality that allows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(data) as image:
+        image = image.convert("RGB")
+        if width and image.width > width:
+            image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+        for quality in (88, 82, 76, 70, 62, 54, 46, 38):
+            image.save(path, quality=quality, optimize=True, progressive=True)
+            if path.stat().st_size <= most:
+                break
+    print(f"{path.relative_to(ROOT)}: {image.width} x {image.height}, {path.stat().st_size / 1e3:.0f} kB, {quality}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="pictures to take; default: all")
+    wanted = parser.parse_args().names
+    with Studio() as studio:
+        studio.files.quantized()
+        deep(studio.host.models("diffusion_models") / "deep.safetensors")
+        for path in EXAMPLES:
+            studio.files.named_by(json.loads(path.read_text(encoding="utf-8")))
+        scenes = Scenes(studio)
+        for method in sorted(name for name in dir(scenes) if name.startswith("gallery_")):
+            name = method.removeprefix("gallery_")
+            if wanted and name not in wanted:
+                continue
+            start = time.monotonic()
+            save(getattr(scenes, method)(), GALLERY / f"{name}.jpg", 190_000)
+            print(f"    {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
