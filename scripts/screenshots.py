@@ -104,7 +104,7 @@ class Scenes:
         model = graph.add("UNETLoader", ["deep.safetensors", "default"])
         graph.add("TesseraPlan", size=(640, 420), model=(model, 0))
         page.load(graph.workflow(), name="plan", look=["TesseraPlan"])
-        wanted = {"target_size_gb": 0.042, "minutes": 0.0, "ranks": "0, 16, 32", "name": "deep_planned"}
+        wanted = {"target_size_gb": 0.03, "minutes": 0.0, "ranks": "0, 16", "name": "deep_planned"}
         for widget, value in wanted.items():
             page.set("TesseraPlan", widget, value)
         page.run(600)
@@ -143,7 +143,7 @@ class Scenes:
         """From calibration to comparison, all of it."""
         with self.page(viewport=LARGE) as page:
             self.opened(page, "tessera_calibrate_plan_quantize_compare")
-            page.set("TesseraPlan", "target_size_gb", 0.0085)
+            page.set("TesseraPlan", "target_size_gb", 0.01)
             page.set("TesseraPlan", "minutes", 0.2)
             page.run(900)
             page.look()

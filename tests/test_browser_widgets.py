@@ -137,13 +137,8 @@ def planning(page):
     model = graph.add("UNETLoader", ["tiny.safetensors", "default"])
     graph.add(PLAN, size=(520, 420), model=(model, 0))
     page.load(graph.workflow(), look=[PLAN])
-    for widget, value in {
-        "target_size_gb": 0.0085,
-        "minutes": 0.0,
-        "ranks": "0",
-        "name": page.renderer,
-        "int8_convrot": False,
-    }.items():
+    few = {"target_size_gb": 0.01, "minutes": 0.0, "ranks": "0", "int8_convrot": False, "name": page.renderer}
+    for widget, value in few.items():
         page.set(PLAN, widget, value)
 
 
@@ -156,18 +151,18 @@ def test_painting_a_tile_changes_size_and_error_and_is_saved(page):
     planning(page)
     page.run()
     page.look(PLAN)
-    tile = page.inside(PLAN).locator("[data-part=tile][aria-label*='nvfp4']").first
+    tile = page.inside(PLAN).locator("[data-part=tile][aria-label*='mxfp8']").first
     tile.wait_for()
     size, error = fact(page, "size").inner_text(), fact(page, "expected error").inner_text()
     name = tile.get_attribute("aria-label").partition(":")[0]
-    page.inside(PLAN).locator("[data-part=brush-mxfp8]").click()
+    page.inside(PLAN).locator("[data-part=brush-nvfp4]").click()
     tile.click()
     painted = page.inside(PLAN).locator(f"[data-part=tile][aria-label^='{name}:']")
-    expect(painted).to_have_attribute("aria-label", re.compile("mxfp8"))
+    expect(painted).to_have_attribute("aria-label", re.compile("nvfp4"))
     expect(fact(page, "size")).not_to_have_text(size)
     expect(fact(page, "expected error")).not_to_have_text(error)
     edits = page.value(PLAN, "edits")
-    assert edits.startswith(f"{name} = mxfp8")
+    assert edits.startswith(f"{name} = nvfp4")
     page.inside(PLAN).locator("[data-part=undo]").click()
     expect(fact(page, "size")).to_have_text(size)
     assert page.value(PLAN, "edits") == ""
@@ -178,5 +173,5 @@ def test_painting_a_tile_changes_size_and_error_and_is_saved(page):
     assert page.value(PLAN, "edits") == edits
     page.run()
     page.look(PLAN)
-    expect(painted).to_have_attribute("aria-label", re.compile("mxfp8"))
+    expect(painted).to_have_attribute("aria-label", re.compile("nvfp4"))
     expect(page.inside(PLAN).locator("[data-part=legend-entry]", has_text="edited")).to_contain_text("1")
