@@ -237,7 +237,7 @@ def test_a_plan_is_saved_as_a_recipe_that_makes_a_file_of_the_planned_size(model
 
     made = [node("TesseraPlan").execute(model, 0.0083, recorded, name="mine", calls=1, minutes=0.02) for _ in range(2)]
     assert [m.args[2] for m in made] == ["mine.toml", "mine_2.toml"]
-    chosen, report, name = made[0].args
+    chosen, report, name, _ = made[0].args
     assert recipe.read(host.recipes_folder() / name).digest == chosen.digest
     assert "| layers.0.attention.qkv | " in report and "kurtosis" in report
     [said] = made[0].ui["tessera_plan"]
