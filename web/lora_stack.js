@@ -3,6 +3,8 @@
 import { addStyle, after, button, element, keepInside, name } from "./dom.js"
 import { app } from "./frontend.js"
 import { LIMIT, format, move, parse, strength } from "./lora_stack_text.js"
+import { remount } from "./remount.js"
+import { word } from "./words.js"
 
 const NODE = "TesseraLoRAStack"
 const ROW = 28 // pixels
@@ -38,6 +40,7 @@ function choices(definition) {
 function attach(node) {
   const text = node.widgets.find((/** @type {any} */ widget) => widget.name === "stack")
   const root = element("div", { className: "tessera-stack" })
+  root.dataset.part = "lora-stack"
   let rows = parse(text.value)
   let asText = false
   let saved = text.value // by us; another value comes from elsewhere, e.g. a loaded workflow
@@ -58,7 +61,7 @@ function attach(node) {
   /** @param {[number, string]} [focus] */
   function draw(focus) {
     const linked = node.inputs?.find((/** @type {any} */ slot) => slot.name === "stack")?.link != null
-    if (linked) root.replaceChildren(element("p", { textContent: "The stack comes from the connected node." }))
+    if (linked) root.replaceChildren(element("p", { textContent: word("stack_linked", "The stack comes from the connected node.") }))
     else if (asText) root.replaceChildren(editor(), footer())
     else root.replaceChildren(...(titled() ? [head()] : []), list(), footer())
     fit()
@@ -95,7 +98,7 @@ function attach(node) {
   let fitted = Infinity
 
   function head() {
-    const titles = ["", "", "LoRA", "model", "clip"].map((title) => element("span", { textContent: title }))
+    const titles = ["", "", "LoRA", word("stack_model", "model"), word("stack_clip", "clip")].map((title) => element("span", { textContent: title }))
     return element("div", { className: "head" }, titles)
   }
 
@@ -111,7 +114,7 @@ function attach(node) {
 
   /** @param {import("./lora_stack_text.js").LoRA} row @param {number} index */
   function loraItem(row, index) {
-    const on = element("input", { type: "checkbox", checked: row.on, title: "On or muted" })
+    const on = element("input", { type: "checkbox", checked: row.on, title: word("stack_on", "On or muted") })
     name(on, "on", `${row.name}: on`)
     on.addEventListener("change", () => change(rows.with(index, { ...row, on: on.checked }), [index, "on"]))
     const item_ = item(index, row.name, [on, fileField(row, index), field(row, "model"), field(row, "clip")])
@@ -124,8 +127,8 @@ function attach(node) {
     const missing = !files.includes(row.name)
     const names = missing ? [row.name, ...files] : files
     const options = names.map((file) => element("option", { value: file, textContent: file }))
-    const select = element("select", { title: missing ? `${row.name}: not in models/loras` : row.name }, options)
-    name(select, "file", "LoRA file")
+    const select = element("select", { title: missing ? word("stack_missing", "{0}: not in models/loras", row.name) : row.name }, options)
+    name(select, "file", word("stack_file", "LoRA file"))
     select.value = row.name
     select.setAttribute("aria-invalid", String(missing))
     select.addEventListener("change", () => change(rows.with(index, { ...row, name: select.value }), [index, "file"]))
@@ -135,9 +138,12 @@ function attach(node) {
   /** A strength; typing keeps the field, so only the text is written. @param {any} row @param {"model" | "clip"} part */
   function field(row, part) {
     const input = element("input", { type: "number", min: String(-LIMIT), max: String(LIMIT), step: "0.05" })
-    const of = part === "model" ? "the diffusion model" : "the text encoder; empty: as the model"
-    name(input, part, `${row.name}: strength of ${of}`)
-    input.title = `Strength of ${of}`
+    const title =
+      part === "model"
+        ? word("stack_strength_model", "Strength of the diffusion model")
+        : word("stack_strength_clip", "Strength of the text encoder; empty: as the model")
+    name(input, part, `${row.name}: ${title}`)
+    input.title = title
     input.placeholder = part === "clip" ? "=" : ""
     input.value = row[part] ?? ""
     input.addEventListener("input", () => {
@@ -153,9 +159,9 @@ function attach(node) {
   /** @param {number} index @param {string} label @param {HTMLElement[]} parts @param {boolean} [wide] */
   function item(index, label, parts, wide) {
     const last = rows.length - 1
-    const up = button("▴", "up", `${label}: move up`, () => change(move(rows, index, index - 1), [index - 1, "up"]))
-    const down = button("▾", "down", `${label}: move down`, () => change(move(rows, index, index + 1), [index + 1, "down"]))
-    const remove = button("✕", "remove", `${label}: remove`, () => {
+    const up = button("▴", "up", word("stack_up", "{0}: move up", label), () => change(move(rows, index, index - 1), [index - 1, "up"]))
+    const down = button("▾", "down", word("stack_down", "{0}: move down", label), () => change(move(rows, index, index + 1), [index + 1, "down"]))
+    const remove = button("✕", "remove", word("stack_remove", "{0}: remove", label), () => {
       change(rows.toSpliced(index, 1), [Math.min(index, last - 1), "remove"])
     })
     up.disabled = index === 0
@@ -173,7 +179,7 @@ function attach(node) {
 
   /** Dragging: the row goes wherever the pointer is, and stays there. @param {number} from */
   function handle(from) {
-    const grip = element("span", { className: "grip", textContent: "⠿", title: "Drag to reorder; keyboard: Alt + arrow" })
+    const grip = element("span", { className: "grip", textContent: "⠿", title: word("stack_drag", "Drag to reorder; keyboard: Alt + arrow") })
     grip.addEventListener("pointerdown", (down) => {
       down.preventDefault()
       down.stopPropagation()
@@ -198,7 +204,7 @@ function attach(node) {
   }
 
   function footer() {
-    const mode = button(asText ? "Rows" : "Text", "mode", "Edit the stack as text or as rows", () => {
+    const mode = button(asText ? word("stack_rows", "Rows") : word("stack_text", "Text"), "mode", word("stack_mode", "Edit the stack as text or as rows"), () => {
       asText = !asText
       draw()
       control(asText ? "textarea" : ".add")?.focus()
@@ -210,9 +216,9 @@ function attach(node) {
   function adder() {
     const found = element("datalist", { id: `tessera-loras-${node.id}-${++lists}` })
     found.append(...files.map((file) => element("option", { value: file })))
-    const input = element("input", { className: "add", placeholder: "Add a LoRA: type or choose" })
+    const input = element("input", { className: "add", placeholder: word("stack_adder", "Add a LoRA: type or choose") })
     input.setAttribute("list", found.id)
-    name(input, "add", "Add a LoRA")
+    name(input, "add", word("stack_add", "Add a LoRA"))
     const add = (/** @type {string} */ file) => {
       change([...rows, { on: true, name: file, model: 1, clip: null }])
       control(".add")?.focus()
@@ -227,7 +233,7 @@ function attach(node) {
 
   function editor() {
     const area = element("textarea", { value: text.value, spellcheck: false, placeholder: "name.safetensors : 0.8" })
-    area.setAttribute("aria-label", "The stack as text")
+    area.setAttribute("aria-label", word("stack_area", "The stack as text"))
     area.addEventListener("input", () => {
       text.value = saved = area.value
       rows = parse(area.value)
@@ -246,7 +252,10 @@ function attach(node) {
   node.addDOMWidget("rows", "tessera_stack", root, options)
   keepInside(root)
   after(text, "callback", () => text.value !== saved && read())
-  after(node, "onConfigure", read)
+  after(node, "onConfigure", () => {
+    read()
+    remount(node, root)
+  })
   after(node, "onConnectionsChange", read)
   after(node, "onRemoved", () => drawn.delete(read))
   drawn.add(read)
