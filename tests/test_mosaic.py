@@ -1,24 +1,30 @@
 """Layer maps: what the browser gets is small and adds up, edits by hand are made or refused, pictures show it."""
 
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from conftest import ROOT
 from synthetic import ZIMAGE, block, recipe_file, save, zimage
 from tessera import cli, edits, mosaic, mosaic_image, mosaic_layout, planning
 from tessera.checkpoint import Checkpoint
 from tessera.formats import TensorSpec
 from tessera.job import Job
+from tessera.mosaic_colours import FORMATS, KERNELS, STEPS, family
 from tessera.quantization import architecture, recipe
 from tessera.quantization.indicators import Indicators
 from tessera.quantization.measurement import LocalError, Measurement
-from tessera.survey import FORMATS, RANKS, Menu, Outline, Survey
+from tessera.survey import FORMATS as MENU
+from tessera.survey import RANKS, Menu, Outline, Survey
 from tessera.tiles import Mosaic, Tile
 
 TARGET = planning.Target(5_000_000_000)
@@ -31,7 +37,7 @@ HOSTILE = [
 
 def scored(shapes, ranks=RANKS):
     """A survey of a model with those shapes: damages as they would be measured, made up."""
-    menu, chance = Menu.of(FORMATS, ranks), random.Random(4)
+    menu, chance = Menu.of(MENU, ranks), random.Random(4)
     tensors = {key: TensorSpec(torch.bfloat16, tuple(shape)) for key, shape in shapes.items()}
     nbytes = sum(spec.nbytes for spec in tensors.values())
     source = Outline("z.safetensors", "", {}, tensors, nbytes, {key: tuple(s) for key, s in shapes.items()})
@@ -256,6 +262,40 @@ def test_every_layer_has_a_place_whatever_it_is_called():
         cells = [i for p in panels for b in p.bands for c in b.columns for i in c.cells if i is not None]
         assert sorted([*cells, *other]) == list(range(len(names)))
         assert all(len(column.cells) == len(p.rows) for p in panels for b in p.bands for column in b.columns)
+
+
+def test_the_browser_arranges_and_colours_alike():
+    playwright = pytest.importorskip("playwright", reason="Playwright is not installed: scripts/setup_host.py")
+    own = Path(playwright.__file__).parent / "driver" / ("node.exe" if os.name == "nt" else "node")
+    program = (
+        "import { readFileSync } from 'node:fs';"
+        "const { arrange } = await import(process.argv[1] + '/layer_map_data.js');"
+        "const { FORMATS, STEPS, KERNELS, family } = await import(process.argv[1] + '/layer_map_colours.js');"
+        "const { sets, labels } = JSON.parse(readFileSync(0));"
+        "console.log(JSON.stringify({ sets: sets.map(arrange), colours: [FORMATS, STEPS, KERNELS],"
+        " families: labels.map(family) }))"
+    )
+    zimage = [key.removesuffix(".weight") for key, s in ZIMAGE.items() if key.endswith(".weight") and len(s) == 2]
+    unet = [f"{a}_blocks.{b}.1.transformer_blocks.{t}.{k}" for a, n in (("input", 2), ("output", 3)) for b in range(n)
+            for t in range(b + 1) for k in ("attn1.to_q", "ff.net.0.proj", "ff.net.2")]  # fmt: skip
+    experts = [f"layers.{i}.experts.{e}.up" for i in range(4) for e in range(8)] + ["head.0", "head.2"]
+    sets, labels = [zimage, unet, experts], ["nvfp4", "int8_convrot_64", "int8", "float8_e4m3fn", "fp16", "w4a8"]
+    done = subprocess.run(
+        [str(own), "--input-type=module", "-e", program, (ROOT / "web").as_uri()], capture_output=True, text=True,
+        input=json.dumps({"sets": sets, "labels": labels}), encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for names, theirs in zip(sets, found["sets"], strict=True):
+        panels, other = mosaic_layout.arrange(names)
+        mine = [(p.rows, [(b.stack, [(c.number, c.cells) for c in b.columns]) for b in p.bands]) for p in panels]
+        bands = [(p["rows"], [(b["stack"], [(c["number"], c["cells"]) for c in b["columns"]]) for b in p["bands"]])
+                 for p in theirs]  # fmt: skip
+        if other:
+            assert [cells for _, [cells] in bands.pop()[1][0][1]] == other
+        assert mine == bands
+    assert found["colours"] == [{k: list(v) for k, v in FORMATS.items()}, list(STEPS), list(KERNELS)]
+    assert found["families"] == [family(word) for word in labels]
 
 
 def colours(picture):
