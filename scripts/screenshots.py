@@ -75,6 +75,7 @@ class Scenes:
         """Loader, correction and sampler after a run."""
         with self.page() as page:
             self.opened(page, "tessera_z_image_nvfp4")
+            self.host.free()
             page.run(600)
             page.look()
             point_at_a_tile(page, "TesseraDiffusionModelLoader", 3)
@@ -84,7 +85,7 @@ class Scenes:
         """The same in the light theme and the older renderer."""
         with self.page("litegraph", dark=False) as page:
             self.opened(page, "tessera_z_image_nvfp4")
-            self.host.post("/free", {"unload_models": True, "free_memory": True})
+            self.host.free()
             page.run(600)
             page.look()
             return page.picture()
