@@ -6,6 +6,8 @@ which one thread runs as fast as several.
 
 import os
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,20 @@ class NoSilentSkips:
             terminalreporter.write_line(f"skipped, which CI does not allow: {name}", red=True)
 
 
+class WhereScreenshotsAre:
+    """Says where the browser tests of this run have left their pictures."""
+
+    def __init__(self):
+        root = Path(__file__).resolve().parent.parent
+        self.folder = Path(os.environ.get("TESSERA_CACHE") or root / ".cache") / "screenshots"
+        self.start = time.time()
+
+    def pytest_terminal_summary(self, terminalreporter):
+        taken = [path for path in self.folder.glob("*.png") if path.stat().st_mtime >= self.start]
+        if taken:
+            terminalreporter.write_line(f"{len(taken)} screenshots: {self.folder}")
+
+
 def everything(cores):
     """Arguments for the whole suite."""
     workers = max(1, min(cores, 4))  # each starts a ComfyUI of its own: 1 GB
@@ -42,7 +58,7 @@ def everything(cores):
 
 
 if __name__ == "__main__":
-    plugins = [NoSilentSkips()] if os.environ.get("CI") == "true" else []
+    plugins = [WhereScreenshotsAre(), *([NoSilentSkips()] if os.environ.get("CI") == "true" else [])]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     arguments = ["-rs", *sys.argv[1:]] if sys.argv[1:] else everything(cores)
     sys.exit(pytest.main(arguments, plugins))

@@ -9,6 +9,7 @@ but has a map like a large model's. Names, figures and pictures are what ComfyUI
 
 import argparse
 import contextlib
+import io
 import json
 import re
 import sys
@@ -29,7 +30,7 @@ from browser import EXAMPLES, Builder, Studio, example, for_tiny  # noqa: E402
 GALLERY, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
 SMALL, LARGE = (1280, 800), (1920, 1080)
 BLOCKS = 30
-HELP_BYTES = 60_000  # the most a help picture may take
+GALLERY_BYTES, HELP_BYTES = 190_000, 60_000  # the most a picture may take
 HELP_WIDTH = 800
 
 
@@ -79,7 +80,10 @@ class Scenes:
             page.run(600)
             page.look()
             point_at_a_tile(page, "TesseraDiffusionModelLoader", 3)
-            return page.picture()
+            made = taken(page)
+            for node in ("TesseraDiffusionModelLoader", "TesseraCorrectionLoRA", "TesseraInspect"):
+                help_picture(page, node)
+            return made
 
     def gallery_map_light(self):
         """The same in the light theme and the older renderer."""
@@ -88,7 +92,7 @@ class Scenes:
             self.host.free()
             page.run(600)
             page.look()
-            return page.picture()
+            return taken(page)
 
     def gallery_plan(self):
         """A plan for a model of 34 blocks, with layers painted by hand."""
@@ -98,7 +102,9 @@ class Scenes:
             page.inside("TesseraPlan").locator("[data-part=brush-mxfp8]").click()
             for tile in page.inside("TesseraPlan").locator("[data-part=tile][aria-label*='nvfp4']").all()[40:46]:
                 tile.click()
-            return page.picture()
+            made = taken(page)
+            help_picture(page, "TesseraPlan")
+            return made
 
     def plan(self, page):
         graph = Builder(self.host)
@@ -127,7 +133,8 @@ class Scenes:
             status = "document.querySelector('[data-part=job-status]').textContent.match(/Layer (\\d+)/)"
             page.at.wait_for_function(f"Number({status}?.[1]) > 70", timeout=600_000)
             page.look("TesseraQuantize", most=1.1)
-            made = page.picture()
+            made = taken(page)
+            help_picture(page, "TesseraQuantize")
             page.inside("TesseraQuantize").locator("[data-part=cancel]").click()
             page.inside("TesseraQuantize").get_by_text("was cancelled").wait_for(timeout=600_000)
             return made
@@ -138,7 +145,7 @@ class Scenes:
             self.opened(page, "tessera_strength_sweep")
             page.run(600)
             page.look()
-            return page.picture()
+            return taken(page)
 
     def gallery_compare(self):
         """From calibration to comparison, all of it."""
@@ -148,7 +155,7 @@ class Scenes:
             page.set("TesseraPlan", "minutes", 0.2)
             page.run(900)
             page.look()
-            return page.picture()
+            return taken(page)
 
     def gallery_doctor(self):
         """The sidebar tab."""
@@ -156,13 +163,16 @@ class Scenes:
             self.opened(page, "tessera_z_image_nvfp4")
             page.at.locator(".tessera-tab-button").click()
             page.at.locator("[data-part=doctor][data-state=ready]").wait_for()
-            return page.picture()
+            return taken(page)
 
     def gallery_stack(self):
         """Rows of LoRAs."""
         with self.page("litegraph") as page:
             self.stack(page)
-            return page.picture()
+            page.look("TesseraLoRAStack", most=1.6)
+            made = taken(page)
+            help_picture(page, "TesseraLoRAStack")
+            return made
 
     def stack(self, page):
         for name in ("film_grain.safetensors", "ink_lines.safetensors", "soft_light.safetensors"):
@@ -174,6 +184,21 @@ class Scenes:
         clip = graph.add("TesseraCLIPLoader", ["qwen_3_4b.safetensors", "lumina2"])
         graph.add("TesseraLoRAStack", [text], size=(520, 240), model=(model, 0), clip=(clip, 0))
         page.load(graph.workflow(), name="stack", look=["TesseraLoRAStack"])
+
+
+def taken(page):
+    """The picture, when no message of ComfyUI's hides a part of the page any more."""
+    for said in page.at.get_by_text(re.compile("^(Job queued|.* jobs? completed)$")).all():
+        said.wait_for(state="hidden")
+    return page.picture()
+
+
+def help_picture(page, node):
+    """A node by itself, as large as the window allows."""
+    page.look(node, most=1.6)
+    taken(page)
+    data = io.BytesIO(page.at.screenshot(clip=page.probe("box", node)))
+    save(data, HELP / f"{node}.jpg", HELP_BYTES, HELP_WIDTH)
 
 
 def point_at_a_tile(page, node, index):
@@ -211,7 +236,7 @@ def main():
             if wanted and name not in wanted:
                 continue
             start = time.monotonic()
-            save(getattr(scenes, method)(), GALLERY / f"{name}.jpg", 190_000)
+            save(getattr(scenes, method)(), GALLERY / f"{name}.jpg", GALLERY_BYTES)
             print(f"    {time.monotonic() - start:.0f} s", flush=True)
 
 

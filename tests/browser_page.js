@@ -81,7 +81,7 @@ window.probe = {
     const top = Math.min(...nodes.map((node) => node.pos[1])) - 30
     const right = Math.max(...nodes.map((node) => node.pos[0] + node.size[0]))
     const bottom = Math.max(...nodes.map((node) => node.pos[1] + node.size[1]))
-    const bars = { left: 70, top: 100, right: 20, bottom: 70 }
+    const bars = { left: 80, top: 130, right: 30, bottom: 80 } // with room for a group's title
     const room = [canvas.clientWidth - bars.left - bars.right, canvas.clientHeight - bars.top - bars.bottom]
     ds.scale = Math.min(most, room[0] / (right - left), room[1] / (bottom - top))
     ds.offset[0] = (bars.left + room[0] / 2) / ds.scale - (left + right) / 2
@@ -97,6 +97,13 @@ window.probe = {
     const { ds, canvas } = window.app.canvas
     const box = canvas.getBoundingClientRect()
     return [box.left + (node.pos[0] + x + ds.offset[0]) * ds.scale, box.top + (node.pos[1] + y + ds.offset[1]) * ds.scale]
+  },
+
+  /** The part of the window that a node takes, with its title. */
+  box(which) {
+    const [left, top] = this.point(which, -8, -38)
+    const [right, bottom] = this.point(which, this.node(which).size[0] + 8, this.node(which).size[1] + 8)
+    return { x: left, y: top, width: right - left, height: bottom - top }
   },
 
   /** Both ends of a slider that LiteGraph draws, in the window. */
