@@ -190,3 +190,23 @@ def test_a_model_that_is_exact_anyway_passes_with_a_word(names, tiny, caplog, sp
     with caplog.at_level("INFO", "tessera"):
         found = schedule(model, 1, 1)
     assert said in caplog.text and torch.equal(sample(found), sample(model))
+
+
+def test_a_compiled_layer_has_one_graph_for_each_plan(names):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from tessera.host.precision import exactly
+
+    model = load(names["nvfp4"])
+    sample(model, steps=1)
+    layer, x = model.model.get_submodule(LAYER), torch.randn(1, 64, 256)
+    graphs = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled, fast = torch.compile(layer, backend=graphs, fullgraph=True), layer(x)
+    with exactly(model.model):
+        exact = layer(x)
+    for _ in range(2):
+        assert torch.equal(compiled(x), fast)
+        with exactly(model.model):
+            assert torch.equal(compiled(x), exact)
+    assert graphs.frame_count == 2 and not torch.equal(fast, exact)
