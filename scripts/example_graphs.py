@@ -23,7 +23,7 @@ def load(g, unet_name, place=(0, 0, 460, 600), title=None):
     return g.add("TesseraDiffusionModelLoader", place, title, unet_name=unet_name, weight_dtype="default")
 
 
-def correct(g, model, place=(500, 0, 380, 150), **inputs):
+def correct(g, model, place=(500, 0, 380, 190), **inputs):
     return g.add("TesseraCorrectionLoRA", place, model=model, strength=1, **inputs)
 
 
@@ -57,15 +57,15 @@ def inspect(g, model, after, x, y=0, with_picture=True):
     """The map of what ran, and below it the same as a picture that can be saved."""
     looked = g.add("TesseraInspect", (x, y, 460, 600), model=model, after=after)
     if with_picture:
-        g.add("PreviewImage", (x, y + 680, 460, 380), "Layer map, as a picture", images=looked["map"])
+        g.add("PreviewImage", (x, y + 720, 460, 340), "Layer map, as a picture", images=looked["map"])
 
 
 def picture(g, model, ends, x, y=0):
     """The picture, large, above what makes it; the sampler's latent."""
     shifted = g.add("ModelSamplingAuraFlow", (x, y + 680, 250, 60), model=model, shift=3)
-    vae = g.add("VAELoader", (x, y + 790, 250, 60), vae_name=VAE)
+    vae = g.add("VAELoader", (x, y + 790, 250, 90), vae_name=VAE)
     latent = ksampler(g, shifted[0], ends, (x + 280, y + 680, 270, 270))
-    decoded = g.add("VAEDecode", (x, y + 900, 250, 50), samples=latent, vae=vae[0])
+    decoded = g.add("VAEDecode", (x, y + 930, 250, 50), samples=latent, vae=vae[0])
     g.add("SaveImage", (x, y, 550, 600), images=decoded[0], filename_prefix="tessera")
     return latent
 
@@ -77,7 +77,7 @@ def setup(g, model, how, text_encoder=TEXT_ENCODER):
     g.group("3  What it cost", 910, -80, 500, 1150)
     g.group("4  Picture", 1420, -80, 590, 1150)
     corrected = correct(g, load(g, model)["MODEL"])["MODEL"]
-    g.note(how, (500, 200, 380, 400))
+    g.note(how, (500, 250, 380, 350))
     ends = prompt(g, encoder(g, text_encoder, 0, 690), 500, 690)
     inspect(g, corrected, picture(g, corrected, ends, 1440), 930)
 
@@ -129,10 +129,10 @@ correction LoRA to models/loras.
         (0, 0, 400, 330),
     )
     made = g.add(
-        "TesseraQuantize", (440, 0, 560, 640), source=f"diffusion_models/{ORIGINAL}", recipe="z_image_nvfp4",
+        "TesseraQuantize", (440, 0, 560, 820), source=f"diffusion_models/{ORIGINAL}", recipe="z_image_nvfp4",
         filename="z_image_turbo_nvfp4", rank=32,
     )  # fmt: skip
-    g.add("PreviewAny", (1040, 0, 560, 640), "Report", source=made["report"])
+    g.add("PreviewAny", (1040, 0, 560, 820), "Report", source=made["report"])
 
 
 def calibrate_plan_quantize_compare(g):
@@ -161,11 +161,10 @@ open *tessera_z_image_nvfp4*. Files: `{ORIGINAL}`, `{TEXT_ENCODER}`, `{VAE}`, th
     known = g.add("TesseraSaveCalibration", (920, 430, 380, 130), calibration=recorded[1], after=first,
                   filename="z_image_turbo")  # fmt: skip
     plan = g.add("TesseraPlan", (1360, 0, 520, 910), model=original[0], calibration=known[0], target_size_gb=4.84)
-    made = g.add("TesseraQuantize", (1920, 0, 540, 660), source=f"diffusion_models/{ORIGINAL}", recipe="z_image_nvfp4",
+    made = g.add("TesseraQuantize", (1920, 0, 540, 910), source=f"diffusion_models/{ORIGINAL}", recipe="z_image_nvfp4",
                  filename="", rank=32, calibration=known[0], recipe_in=plan[0])  # fmt: skip
-    g.add("PreviewAny", (1920, 710, 540, 200), "Report", source=made["report"])
-    corrected = correct(g, load(g, made["model_name"], (0, 1030, 460, 600))["MODEL"], (500, 1030, 380, 150))["MODEL"]
-    second = sample(g, corrected, ends, 500, 1230, "KSampler (quantized)")
+    corrected = correct(g, load(g, made["model_name"], (0, 1030, 460, 600))["MODEL"], (500, 1030, 380, 190))["MODEL"]
+    second = sample(g, corrected, ends, 500, 1270, "KSampler (quantized)")
     before = g.add("VAEDecode", (0, 1680, 460, 50), "BF16", samples=first, vae=vae[0])
     after = g.add("VAEDecode", (500, 1680, 380, 50), "Quantized", samples=second, vae=vae[0])
     inspect(g, corrected, second, 920, 1030, with_picture=False)
@@ -183,7 +182,7 @@ def lora_stack(g):
     g.group("2  Prompt", -20, 630, 920, 440)
     g.group("3  Picture", 910, -80, 590, 1150)
     corrected = correct(g, load(g, NVFP4)["MODEL"])["MODEL"]
-    stack = g.add("TesseraLoRAStack", (500, 200, 380, 400), model=corrected, clip=encoder(g, TEXT_ENCODER, 0, 690),
+    stack = g.add("TesseraLoRAStack", (500, 240, 380, 360), model=corrected, clip=encoder(g, TEXT_ENCODER, 0, 690),
                   stack="# Your LoRAs: type a part of a name below")  # fmt: skip
     picture(g, stack["MODEL"], prompt(g, stack["CLIP"], 500, 690), 930)
     g.note(f"""
@@ -208,14 +207,13 @@ BF16 file that the model was quantized from: every layer is quantized anew from 
 **Files:** `{NVFP4}` (*tessera_quantize_and_save*), `{ORIGINAL}`, and a LoRA of yours in **lora_name**.""",
         (0, 680, 460, 300),
     )
-    lora = g.add("TesseraLoRA", (500, 0, 380, 240), model=load(g, NVFP4)["MODEL"], lora_name="your_lora.safetensors",
+    lora = g.add("TesseraLoRA", (500, 0, 460, 280), model=load(g, NVFP4)["MODEL"], lora_name="your_lora.safetensors",
                  strength_model=1)  # fmt: skip
-    made = g.add("TesseraBake", (500, 290, 380, 300), model=lora["MODEL"], filename="z_image_turbo_nvfp4_baked",
+    made = g.add("TesseraBake", (500, 340, 460, 720), model=lora["MODEL"], filename="z_image_turbo_nvfp4_baked",
                  original=ORIGINAL, rank=32)  # fmt: skip
-    g.add("PreviewAny", (500, 680, 380, 380), "Report", source=made["report"])
-    baked = load(g, made["model_name"], (930, 0, 460, 600), "The baked model")
-    corrected = correct(g, baked["MODEL"], (930, 680, 460, 150), lora_name=made["lora_name"])["MODEL"]
-    inspect(g, corrected, None, 1440)
+    baked = load(g, made["model_name"], (1000, 0, 460, 600), "The baked model")
+    corrected = correct(g, baked["MODEL"], (1000, 680, 460, 190), lora_name=made["lora_name"])["MODEL"]
+    inspect(g, corrected, None, 1500)
 
 
 def extract(g):
@@ -232,7 +230,7 @@ error before and with it.
                  tuned=f"diffusion_models/{ORIGINAL}", filename="", rank=32, tolerance=0)  # fmt: skip
     g.add("PreviewAny", (500, 0, 460, 660), "Report", source=made["report"])
     loaded = load(g, "z_image_turbo_int8_convrot.safetensors", (1000, 0, 460, 600))
-    corrected = correct(g, loaded["MODEL"], (1000, 680, 460, 150), lora_name=made["lora_name"])["MODEL"]
+    corrected = correct(g, loaded["MODEL"], (1000, 680, 460, 190), lora_name=made["lora_name"])["MODEL"]
     inspect(g, corrected, None, 1500)
 
 

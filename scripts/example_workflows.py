@@ -99,7 +99,7 @@ class Graph:
             "config": {}, "extra": {"ds": self._view()}, "version": 0.4,
         }  # fmt: skip
 
-    def _view(self, screen=(1280, 800), chrome=(70, 90)):
+    def _view(self, screen=(1280, 800), chrome=(70, 110)):
         """The whole graph on a small screen beside the frontend's own bars, or as much as leaves words readable."""
         boxes = [[*node["pos"], *node["size"]] for node in self.nodes] + [group["bounding"] for group in self.groups]
         left, top = (min(box[axis] for box in boxes) - 30 for axis in (0, 1))

@@ -209,7 +209,7 @@ def calibrate_plan_quantize_compare(studio):
         "made": node("TesseraQuantize", source="diffusion_models/bf16.safetensors", recipe="nvfp4", filename="planned",
                      calibration=["known", 0], recipe_in=["plan", 0]),
     }  # fmt: skip
-    report = studio.host.run(graph)["outputs"]["made"]["tessera_report"][0]
+    report = studio.host.run(graph, 600)["outputs"]["made"]["tessera_report"][0]
     formats = {row["name"]: row["format"] for row in report["layers"]}
     best = studio.sample("planned", 1.0)
     pictures = [("BF16", "15.08 MB", studio.original), ("planned", "8.5 MB", best), ("lost", *studio.lost(best))]
@@ -305,8 +305,8 @@ def strength_sweep(studio):
 
 
 CARDS = {f"tessera_z_image_{name}": lambda studio, name=name: setup(studio, name) for name in SETUPS} | {
-    f"tessera_{draw.__name__}": draw for draw in (quantize_and_save, calibrate_plan_quantize_compare, bake, extract,
-                                                  strength_sweep)
+    f"tessera_{draw.__name__}": draw
+    for draw in (quantize_and_save, calibrate_plan_quantize_compare, bake, extract, strength_sweep)
 }
 
 
