@@ -43,6 +43,7 @@ class Scale:
     high: str
     log: bool
     none: int
+    lacking: str  # what those are
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,6 @@ def _scaled(tiles: Sequence[Tile], value, write) -> Scheme:
         share = math.log(max(number, low) / low) / math.log(high / low) if log else (number - low) / (high - low)
         return STEPS[max(0, min(len(STEPS) - 1, round(share * (len(STEPS) - 1))))], ""
 
-    return Scheme(of, scale=Scale(write(low), write(high), log, len(tiles) - len(known)))
+    without = [tile for tile in tiles if of(tile)[0] is None]
+    lacking = "unknown" if any(tile.quantized for tile in without) else "not quantized"
+    return Scheme(of, scale=Scale(write(low), write(high), log, len(without), lacking))

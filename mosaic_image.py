@@ -25,8 +25,13 @@ MOST_LEVELS = 6  # of names above each other
 MARGIN, GAP, LABELS = 28, 18, 250  # pixels: around, between bands, most for the names of rows
 TEXT, SMALL, TITLE = 15, 13, 24  # heights of letters
 TILE = {"least": 9, "most": 30, "high": 24, "letter": 12}
-TITLES = {"format": "colour: format", "error": "colour: {measure}", "sensitivity": "colour: what the coarsest format "
-          "would do to the model", "size": "colour: size", "kernel": "colour: kernel"}  # fmt: skip
+TITLES = {
+    "format": "colour: format",
+    "error": "colour: {measure}{corrected}",
+    "sensitivity": "colour: what the coarsest format would do to the model",
+    "size": "colour: size",
+    "kernel": "colour: kernel",
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ class _Page:
         self.text(MARGIN, self.y, shown(mosaic.title), TITLE, self.theme.ink, self.width - 2 * MARGIN)
         self.y += TITLE + 16
         self.facts(mosaic.facts)
-        self.legend(TITLES[by].format(measure=mosaic.measure))
+        corrected = ", with its correction" if any(t.corrected is not None for t in mosaic.tiles) else ""
+        self.legend(TITLES[by].format(measure=mosaic.measure, corrected=corrected))
         tiles = mosaic.tiles[:MOST_TILES]
         panels, other = mosaic_layout.arrange([shown(tile.name) for tile in tiles])
         left = len(mosaic.tiles) - len(tiles)
@@ -164,7 +170,7 @@ class _Page:
         x += self.text(x, self.y, scale.high + ("  (logarithmic)" if scale.log else ""), TEXT, self.theme.ink, 300) + 24
         if scale.none:
             self.tile(x, self.y - 1, 20, 20, None, "")
-            self.text(x + 27, self.y, f"unknown  {scale.none}", TEXT, self.theme.ink, 300)
+            self.text(x + 27, self.y, f"{scale.lacking}  {scale.none}", TEXT, self.theme.ink, 300)
 
     # Tiles
 
@@ -185,6 +191,7 @@ class _Page:
             middle = ((box[0] + box[2] + 1) / 2, (box[1] + box[3] + 1) / 2)
             self.pen.text(middle, mark, _ink(colour), font, anchor="mm")
         if framed:
+            self.pen.rounded_rectangle(box, 3, outline=self.theme.paper, width=4)
             self.pen.rounded_rectangle(box, 3, outline=self.theme.ink, width=2)
 
     def panel(self, panel: Panel, tiles: Sequence[Tile]) -> int:
