@@ -188,7 +188,7 @@ class Scenes:
 
 def taken(page):
     """The picture, when no message of ComfyUI's hides a part of the page any more."""
-    for said in page.at.get_by_text(re.compile("^(Job queued|.* jobs? completed)$")).all():
+    for said in page.at.get_by_text(re.compile("^(job queued|(\\d+ )?jobs? completed)$", re.IGNORECASE)).all():
         said.wait_for(state="hidden")
     return page.picture()
 
