@@ -128,10 +128,11 @@ def test_help_pages_list_exactly_the_inputs_and_outputs(schemas):
     assert not wrong
 
 
-def test_pictures_of_help_pages_are_there_and_small():
+def test_every_help_page_has_its_picture_and_all_are_small(schemas):
     pictures = {path.name: path.stat().st_size for path in (DOCS / "images").glob("*")}
     named = {
         found for path in DOCS.glob("*.md") for found in re.findall(r"!\[[^\]]+\]\(images/([^)]+)\)", page(path.stem))
     }
-    assert named == set(pictures) and max(pictures.values(), default=0) <= PICTURE
+    assert {f"{name}.jpg" for name in schemas} <= named == set(pictures)
+    assert max(pictures.values()) <= PICTURE
     assert all(path.suffix in (".jpg", ".md", "") for path in DOCS.rglob("*"))
