@@ -218,8 +218,7 @@ class _Layer:
     ) -> QuantizedLayer:
         """Low rank, bias and scales for codes that stand, and how far they are from the weight."""
         stored = self.format.decode(quantized)
-        error = weight - (stored if smooth is None else stored.div_(smooth))
-        del stored
+        error = (stored if smooth is None else stored.div_(smooth)).neg_().add_(weight)  # in the place of `stored`
         length, power = norm(weight), self.moment.energy(weight) if self.moment is not None else 0.0
         plain, corrected = _errors(error, self.moment, length, power), (None, None)
         if branch is not None:  # absorbed: always there, so the bias makes up for what is left with it
