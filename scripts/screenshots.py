@@ -111,7 +111,7 @@ class Scenes:
         model = graph.add("UNETLoader", ["deep.safetensors", "default"])
         graph.add("TesseraPlan", size=(640, 420), model=(model, 0))
         page.load(graph.workflow(), name="plan", look=["TesseraPlan"])
-        wanted = {"target_size_gb": 0.03, "minutes": 0.0, "ranks": "0, 16", "name": "deep_planned"}
+        wanted = {"target_size_gb": 0.04, "minutes": 0.0, "ranks": "0", "name": "deep_planned"}
         for widget, value in wanted.items():
             page.set("TesseraPlan", widget, value)
         page.run(600)

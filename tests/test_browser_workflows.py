@@ -16,7 +16,8 @@ pytestmark = pytest.mark.host
 QUANTIZE = "TesseraQuantize"
 WIDE = 119  # layers; a layer takes a fifth of a second or more, a reload of the page some seconds
 HOSTILE = "<img src=x onerror=hacked=1>.0.w"  # no reader takes a file with such a name
-STRANGE = ('"onmouseover="hacked=1.{}.w', "&lt;img src=x onerror=hacked=1&gt;.{}.w", "${{hacked=1}}{{{{hacked}}}}.{}.w")
+STRANGE = ('"onmouseover="hacked=1', "&lt;img src=x onerror=hacked=1&gt;", "${hacked=1}{{hacked}}")
+NAMES = [f"layers.{i}.{STRANGE[i % 3]}" for i in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,10 @@ def prepare(studio):
     folder = studio.host.models("diffusion_models")
     wide = {f"layers.{i}.w.weight": torch.randn(512, 1536).bfloat16() for i in range(WIDE + 1)}
     save_file(wide, folder / "wide.safetensors")
-    names = [name.format(i) for name in STRANGE for i in range(2)]
-    for file, layers in (("strange", names), ("hostile", [HOSTILE])):
-        save_file({f"{name}.weight": torch.randn(64, 64).bfloat16() for name in layers}, folder / f"{file}.safetensors")
+    for file, layers in (("strange", NAMES), ("hostile", [HOSTILE])):
+        save_file(
+            {f"{name}.weight": torch.randn(256, 256).bfloat16() for name in layers}, folder / f"{file}.safetensors"
+        )
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
@@ -110,11 +112,11 @@ def test_names_of_layers_are_shown_as_text(page):
     tiles = page.inside(QUANTIZE).get_by_role("gridcell")
     expect(tiles).to_have_count(6)
     labels = [tile.get_attribute("aria-label") for tile in tiles.all()]
-    assert {label.partition(": ")[0] for label in labels} == {name.format(i) for name in STRANGE for i in range(2)}
+    assert {label.partition(": ")[0] for label in labels} == set(NAMES)
     tiles.first.focus()
     expect(page.inside(QUANTIZE).locator("[data-part=details]")).to_contain_text("hacked")
     page.inside(QUANTIZE).locator("[data-part=report] summary").click()
-    expect(page.inside(QUANTIZE).locator("[data-part=report-table] tbody tr")).to_have_count(6)
+    expect(page.inside(QUANTIZE).locator("[data-part=report-table] tbody")).to_contain_text(STRANGE[1])
     assert nothing_ran(page)
 
 
