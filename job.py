@@ -105,13 +105,17 @@ class Job:
         nothing behind. Same source, recipe, statistics, settings and seed on one machine: same bytes, whoever did the
         work and however often it was interrupted; where the same job's files are there already, they are the result
         and nothing is written. After a kill the same job with `resume` goes on with the layers that are done."""
+        with Told(self.source.name, self.working_bytes(), workers.REMEDY):
+            return self._run(progress)
+
+    def _run(self, progress: Callable[[Step], None]) -> Report:
         started, journal = time.monotonic(), Journal(self._files(), self._identity(), self.resume)
         finished = journal.token in settle(self.target) and self.resume
         done = self._found(NAMES_LEFT) if finished else None if self.overwrite else self.done()
         if done is not None:
             return done
         check_target(self.target, self.overwrite)
-        with Told(self.source.name, self.working_bytes(), workers.REMEDY), Digest(self.source.path) as digest, journal:
+        with Digest(self.source.path) as digest, journal:
             if journal.ready():
                 journal.publish(self.overwrite)
                 return self._found(NAMES_LEFT)
