@@ -147,16 +147,6 @@ class Scenes:
             page.look()
             return taken(page)
 
-    def gallery_compare(self):
-        """From calibration to comparison, all of it."""
-        with self.page(viewport=LARGE) as page:
-            self.opened(page, "tessera_calibrate_plan_quantize_compare")
-            page.set("TesseraPlan", "target_size_gb", 0.01)
-            page.set("TesseraPlan", "minutes", 0.2)
-            page.run(900)
-            page.look()
-            return taken(page)
-
     def gallery_doctor(self):
         """The sidebar tab."""
         with self.page() as page:
