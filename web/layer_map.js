@@ -3,12 +3,10 @@
 import { addStyle, button, element, keepInside, name } from "./dom.js"
 import { brush } from "./layer_map_brush.js"
 import { schemes } from "./layer_map_colours.js"
-import { costliest, describe, parse, percent } from "./layer_map_data.js"
+import { called, costliest, describe, parse, percent } from "./layer_map_data.js"
 import { tileGrid } from "./layer_map_grid.js"
 import { STYLE } from "./layer_map_style.js"
-
-const HINT = "Point at a tile, or walk with the arrow keys, to read about a layer."
-const PAINT = "Choose a format to paint with, then click or drag over tiles, a row's name or a block's number. Right-click: as planned."
+import { word } from "./translation.js"
 
 /**
  * @typedef {{ get: () => string, set: (text: string) => void }} Edits
@@ -95,17 +93,18 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
   function drawFacts() {
     const rows = editor && map?.editable ? editor.facts() : (map?.facts ?? []).map(([label, value]) => [label, value, ""])
     const shown = rows.map(([label, value, change]) => {
-      const [said, called] = [element("dd", { textContent: value, title: value }), element("dt", { textContent: label })]
-      if (change) called.append(element("b", { textContent: change, title: "compared with the plan before edits" }))
+      const [said, labelled] = [element("dd", { textContent: value, title: value }), element("dt", { textContent: called(label) })]
+      const meaning = word("map_change", "compared with the plan before edits")
+      if (change) labelled.append(element("b", { textContent: change, title: meaning }))
       said.dataset.part = `fact-${label.replaceAll(" ", "-")}`
-      return element("div", {}, [called, said])
+      return element("div", {}, [labelled, said])
     })
     facts.replaceChildren(...shown, ...(onFold ? [folder(onFold)] : []))
   }
 
   /** @param {(folded: boolean) => void} hear */
   function folder(hear) {
-    const made = button(folded ? "Layers ▸" : "Layers ▾", "fold", folded ? "Show the layers" : "Hide the layers", () => {
+    const made = button(`${word("job_layers", "Layers")} ${folded ? "▸" : "▾"}`, "fold", folded ? word("map_unfold", "Show the layers") : word("map_fold", "Hide the layers"), () => {
       hear(!folded)
       fold(!folded)
       facts.querySelector("button")?.focus()
@@ -124,14 +123,14 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
   }
 
   function drawChoices() {
-    const choices = name(element("span", { className: "by" }), "by", "Colour by")
+    const choices = name(element("span", { className: "by" }), "by", word("map_by", "Colour by"))
     choices.setAttribute("role", "radiogroup")
     const labels = ways.map((one) => {
       const radio = element("input", { type: "radio", name: group, value: one.id, checked: one.id === by })
-      return element("label", {}, [name(radio, `by-${one.id}`, `Colour by ${one.label.toLowerCase()}`), one.label])
+      return element("label", {}, [name(radio, `by-${one.id}`, word("map_by_one", "Colour by {0}", one.label.toLowerCase())), one.label])
     })
     choices.append(...labels)
-    bar.replaceChildren(element("span", { className: "quiet", textContent: "Colour" }), choices)
+    bar.replaceChildren(element("span", { className: "quiet", textContent: word("map_colour", "Colour") }), choices)
     bar.hidden = ways.length < 2
   }
 
@@ -140,12 +139,12 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
     const shown = entries.map(({ style, mark, label, count, key }) => entry(style, mark, label, count, key))
     if (scale) {
       const ramp = element("span", { className: "ramp" })
-      shown.push(element("span", { className: "entry" }, [scale.low, ramp, scale.high, scale.log ? "(logarithmic)" : ""]))
-      if (scale.none) shown.push(entry("none", "", "unknown", scale.none, "none"))
+      shown.push(element("span", { className: "entry" }, [scale.low, ramp, scale.high, scale.log ? word("map_log", "(logarithmic)") : ""]))
+      if (scale.none) shown.push(entry("none", "", word("map_unknown", "unknown"), scale.none, "none"))
     }
     const [branches, edited] = [map?.layers.filter((layer) => layer.rank), map?.layers.filter((layer) => layer.edited)]
-    if (branches?.length) shown.push(entry("branch", "", "with a correction", branches.length, "branch"))
-    if (edited?.length) shown.push(entry("edited", "", "edited", edited.length, "edited"))
+    if (branches?.length) shown.push(entry("branch", "", word("map_corrected", "with a correction"), branches.length, "branch"))
+    if (edited?.length) shown.push(entry("edited", "", word("map_edited", "edited"), edited.length, "edited"))
     legend.replaceChildren(...shown)
   }
 
@@ -214,8 +213,8 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
       const share = element("b", { textContent: percent(layer.corrected ?? layer.error ?? 0) })
       return element("div", {}, [share, ` ${layer.name}`])
     })
-    const hint = element("div", { className: "last", textContent: editor && map.editable ? PAINT : HINT })
-    return worst.length > 1 ? [element("div", { textContent: `Largest ${map.measure}:` }), ...worst.slice(0, editor && map.editable ? 2 : 3), hint] : [hint]
+    const hint = element("div", { className: "last", textContent: editor && map.editable ? paintHint() : readHint() })
+    return worst.length > 1 ? [element("div", { textContent: word("map_largest", "Largest {0}:", called(map.measure)) }), ...worst.slice(0, editor && map.editable ? 2 : 3), hint] : [hint]
   }
 
   /** One layer has changed, for instance as a job has done it. @param {string} layerName @param {Partial<Layer>} values */
@@ -251,6 +250,14 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
 
   note([])
   return { element: root, show, tile, say, fold, height: () => high, look: () => editor?.look() }
+}
+
+function readHint() {
+  return word("map_hint", "Point at a tile, or walk with the arrow keys, to read about a layer.")
+}
+
+function paintHint() {
+  return word("map_paint_hint", "Choose a format to paint with, then click or drag over tiles, a row's name or a block's number. Right-click: as planned.")
 }
 
 let made = 0 // maps on the page, for the names of their radio groups

@@ -4,6 +4,7 @@ import { button, element, name } from "./dom.js"
 import { FORMATS, family } from "./layer_map_colours.js"
 import { bytes, percent } from "./layer_map_data.js"
 import { apply, brushed, brushes, forecast, locked, planned, ranks, read, write } from "./layer_map_edits.js"
+import { word } from "./translation.js"
 
 const ERASER = "as planned"
 const UNDO = 50 // strokes
@@ -21,7 +22,7 @@ export function brush(edits, view) {
   let others = []
   /** @type {string[]} texts before the last strokes */
   let history = []
-  let word = "" // of the brush in hand
+  let inHand = "" // of the brush in hand
   /** @type {number | null} */
   let rank = null
   let asText = false
@@ -31,9 +32,9 @@ export function brush(edits, view) {
   const tools = element("div", { className: "tools" })
   tools.dataset.part = "brushes"
   tools.setAttribute("role", "toolbar")
-  tools.setAttribute("aria-label", "Paint layers with")
+  tools.setAttribute("aria-label", word("map_brushes", "Paint layers with"))
   const area = element("textarea", { className: "text", spellcheck: false, placeholder: "layers.3.attention.qkv = mxfp8 r32" })
-  name(area, "text", "The edits as text")
+  name(area, "text", word("map_area", "The edits as text"))
   area.addEventListener("input", () => {
     save(area.value)
     look()
@@ -43,7 +44,7 @@ export function brush(edits, view) {
   function load(/** @type {import("./layer_map_data.js").LayerMap | null} */ shown) {
     map = shown?.editable ? shown : null
     history = []
-    word = ""
+    inHand = ""
     rank = null
     look()
   }
@@ -56,7 +57,7 @@ export function brush(edits, view) {
     ;({ chosen, others } = found)
     apply(map.layers, chosen)
     if (!asText) area.value = saved
-    view.say(found.problems, saved === map.edits ? "" : "Edits go into the recipe on the next run.")
+    view.say(found.problems, saved === map.edits ? "" : word("map_next_run", "Edits go into the recipe on the next run."))
     draw()
   }
 
@@ -69,19 +70,19 @@ export function brush(edits, view) {
 
   function draw() {
     if (!map) return tools.replaceChildren()
-    const undo = button("Undo", "undo", "Take the last stroke back", () => {
+    const undo = button(word("map_undo", "Undo"), "undo", word("map_undo_long", "Take the last stroke back"), () => {
       const before = history.pop()
       if (before === undefined) return
       edits.set(before)
       look()
       view.redraw()
     })
-    const reset = button("Reset", "reset", "As planned: remove all edits", () => {
+    const reset = button(word("map_reset", "Reset"), "reset", word("map_reset_long", "As planned: remove all edits"), () => {
       save(others.filter((line) => line.trim().startsWith("#")).join("\n"))
       look()
       view.redraw()
     })
-    const text = button("Text", "mode", "Show the edits as text", () => {
+    const text = button(word("map_text", "Text"), "mode", word("map_text_long", "Show the edits as text"), () => {
       asText = !asText
       area.value = edits.get()
       draw()
@@ -93,7 +94,7 @@ export function brush(edits, view) {
     reset.disabled = !chosen.size
     const held = document.activeElement instanceof HTMLElement && tools.contains(document.activeElement) ? document.activeElement.dataset.part : ""
     tools.replaceChildren(
-      element("span", { className: "quiet", textContent: "Paint" }),
+      element("span", { className: "quiet", textContent: word("map_paint", "Paint") }),
       ...brushes(map.layers).map((format) => brushButton(format)),
       brushButton(ERASER),
       ...rankField(),
@@ -107,27 +108,27 @@ export function brush(edits, view) {
   function brushButton(/** @type {string} */ format) {
     const kind = format === ERASER ? "none" : `f-${family(format)}`
     const mark = format === ERASER ? "↺" : FORMATS[family(format)][1]
-    const label = format === ERASER ? "Remove edits: as planned" : `Paint layers with ${format}`
-    const made = button("", `brush-${format.replace(" ", "-")}`, label, () => hold(word === format ? "" : format))
-    made.replaceChildren(element("span", { className: `swatch ${kind}`, textContent: mark }), format)
+    const label = format === ERASER ? word("map_erase", "Remove edits: as planned") : word("map_paint_with", "Paint layers with {0}", format)
+    const made = button("", `brush-${format.replace(" ", "-")}`, label, () => hold(inHand === format ? "" : format))
+    made.replaceChildren(element("span", { className: `swatch ${kind}`, textContent: mark }), format === ERASER ? word("map_as_planned", "as planned") : format)
     made.classList.add("brush")
-    made.setAttribute("aria-pressed", String(word === format))
+    made.setAttribute("aria-pressed", String(inHand === format))
     return made
   }
 
   function rankField() {
     const all = map ? ranks(map.layers) : []
     if (all.length < 2) return []
-    const choices = [["", "own rank"], ...all.map((one) => [String(one), one ? `rank ${one}` : "no correction"])]
-    const select = element("select", { title: "Rank of the correction that painted layers get" })
+    const choices = [["", word("map_own_rank", "own rank")], ...all.map((one) => [String(one), one ? word("map_rank", "rank {0}", one) : word("map_no_rank", "no correction")])]
+    const select = element("select", { title: word("map_rank_long", "Rank of the correction that painted layers get") })
     select.append(...choices.map(([value, textContent]) => element("option", { value, textContent })))
     select.value = rank === null ? "" : String(rank)
     select.addEventListener("change", () => (rank = select.value === "" ? null : Number(select.value)))
-    return [name(select, "rank", "Rank of painted layers")]
+    return [name(select, "rank", word("map_rank_field", "Rank of painted layers"))]
   }
 
   function hold(/** @type {string} */ format) {
-    word = format
+    inHand = format
     draw()
     view.redraw([])
   }
@@ -138,7 +139,7 @@ export function brush(edits, view) {
     const done = []
     for (const index of indices) {
       const layer = map.layers[index]
-      const wanted = erase || word === ERASER ? planned(layer) : brushed(layer, word, rank)
+      const wanted = erase || inHand === ERASER ? planned(layer) : brushed(layer, inHand, rank)
       if (!wanted || wanted === (chosen.get(index) ?? planned(layer))) continue
       if (wanted === planned(layer)) chosen.delete(index)
       else chosen.set(index, wanted)
@@ -179,16 +180,16 @@ export function brush(edits, view) {
   function refusal(index) {
     const layer = map?.layers[index]
     if (!layer) return ""
-    if (locked(layer)) return `Cannot be changed: ${layer.reason.replace(/^kept: /, "") || "no other format fits its shape"}`
-    if (word && word !== ERASER && !brushed(layer, word, rank)) return `Cannot be ${word}: its shape does not fit, or the plan did not measure it`
+    if (locked(layer)) return word("map_locked", "Cannot be changed: {0}", layer.reason.replace(/^kept: /, "") || word("map_no_other", "no other format fits its shape"))
+    if (inHand && inHand !== ERASER && !brushed(layer, inHand, rank)) return word("map_refused", "Cannot be {0}: its shape does not fit, or the plan did not measure it", inHand)
     return ""
   }
 
   return {
     tools, load, paint, end, facts, refusal,
     look: () => edits.get() !== saved && look(),
-    held: () => word,
-    drop: () => word && hold(""),
+    held: () => inHand,
+    drop: () => inHand && hold(""),
     fixed: (/** @type {number} */ index) => Boolean(map && locked(map.layers[index])),
   } // prettier-ignore
 }

@@ -1,8 +1,9 @@
 // @ts-check
 /** What the tiles of a layer map are coloured by: a class and a mark per layer, and the legend to both. */
 import { bytes, percent, tally } from "./layer_map_data.js"
+import { word } from "./translation.js"
 
-/** Of Okabe and Ito's palette, told apart by the colour-blind; the same in mosaic_image.py. */
+/** Of Okabe and Ito's palette, told apart by the colour-blind; the same in pictures/mosaic_colours.py. */
 export const FORMATS = {
   nvfp4: ["#D55E00", "4"],
   mxfp8: ["#0072B2", "8"],
@@ -27,9 +28,9 @@ export function schemes(map) {
   const worst = (/** @type {any} */ layer) => layer.corrected ?? layer.error
   return [
     byFormat(layers),
-    ...scaled("error", "Error", layers, worst, percent),
-    ...scaled("sensitivity", "Sensitivity", layers, (layer) => layer.sensitivity, percent),
-    ...scaled("size", "Size", layers, (layer) => layer.nbytes || null, bytes),
+    ...scaled("error", word("map_error", "Error"), layers, worst, percent),
+    ...scaled("sensitivity", word("map_sensitivity", "Sensitivity"), layers, (layer) => layer.sensitivity, percent),
+    ...scaled("size", word("map_size", "Size"), layers, (layer) => layer.nbytes || null, bytes),
     ...byKernel(layers),
   ]
 }
@@ -49,7 +50,7 @@ function byFormat(layers) {
   const entries = [...counts].map(([label, count]) => {
     return { key: label, label, mark: FORMATS[family(label)][1], count, style: `f-${family(label)}` }
   })
-  return { id: "format", label: "Format", of: (layer) => [`f-${family(layer.format)}`, FORMATS[family(layer.format)][1]], entries, scale: null }
+  return { id: "format", label: word("map_format", "Format"), of: (layer) => [`f-${family(layer.format)}`, FORMATS[family(layer.format)][1]], entries, scale: null }
 }
 
 /** By the kernel that ran, else the one that is planned. @param {import("./layer_map_data.js").Layer[]} layers @returns {Scheme[]} */
@@ -61,9 +62,9 @@ function byKernel(layers) {
   const mark = (/** @type {string} */ name) => (name ? "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[names.indexOf(name)] ?? "?" : "")
   const style = (/** @type {string} */ name) => (name ? `k-${Math.min(names.indexOf(name), KERNELS.length - 1)}` : "none")
   const entries = [...counts].map(([name, count]) => {
-    return { key: name, label: name || "not quantized", mark: mark(name), count, style: style(name) }
+    return { key: name, label: name || word("map_plain", "not quantized"), mark: mark(name), count, style: style(name) }
   })
-  return [{ id: "kernel", label: "Kernel", of: (layer) => [style(of(layer)), mark(of(layer))], entries, scale: null }]
+  return [{ id: "kernel", label: word("map_kernel", "Kernel"), of: (layer) => [style(of(layer)), mark(of(layer))], entries, scale: null }]
 }
 
 /** @param {string} id @param {string} label @param {import("./layer_map_data.js").Layer[]} layers @param {(layer: import("./layer_map_data.js").Layer) => number | null} value @param {(value: number) => string} write @returns {Scheme[]} */

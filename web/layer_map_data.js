@@ -1,5 +1,6 @@
 // @ts-check
 /** A layer map as data: the payload that Python sends (tiles.py), read into layers, and the layers put into grids. */
+import { word } from "./translation.js"
 
 /**
  * @typedef {{ format: string, rank: number, nbytes: number, damage: number }} Option
@@ -232,35 +233,71 @@ export function tally(items, by) {
 
 /** A layer in words: name, what it is, what it cost, how it runs, why. @param {Layer} layer @param {LayerMap} map @returns {{ name: string, lines: string[] }} */
 export function describe(layer, map) {
-  const what = [format(layer), `${layer.bits.toFixed(2)} bits per weight`, bytes(layer.nbytes), layer.shape.join(" × ")]
+  const bits = word("map_bits", "{0} bits per weight", layer.bits.toFixed(2))
+  const what = [format(layer), bits, bytes(layer.nbytes), layer.shape.join(" × ")]
   const cost = []
-  if (layer.error !== null) cost.push(`${map.measure} ${percent(layer.error)}${corrected(layer)}`)
+  if (layer.error !== null) cost.push(`${called(map.measure)} ${percent(layer.error)}${corrected(layer)}`)
   else if (layer.rank) cost.push(branch(layer))
-  if (layer.added) cost.push(`turning it into ${layer.kept} added ${percent(layer.added)}`)
-  if (layer.sensitivity !== null) cost.push(`in the coarsest format ${percent(layer.sensitivity)}`)
-  const runs = []
-  if (layer.path) runs.push(`${layer.path}${layer.kept && layer.kept !== layer.format ? ` as ${layer.kept}` : ""}`)
-  if (layer.kernel) runs.push(`kernel ${layer.kernel}`)
-  if (layer.ran) runs.push(layer.ran.length ? `ran ${layer.ran.map(([name, calls]) => `${name} × ${calls}`).join(", ")}` : "has not run yet")
-  if (layer.reason) runs.push(layer.reason)
-  return { name: layer.name, lines: [what, cost, runs].map((words) => words.filter(Boolean).join(" · ")).filter(Boolean) }
+  if (layer.added) cost.push(word("map_added", "turning it into {0} added {1}", layer.kept, percent(layer.added)))
+  if (layer.sensitivity !== null) cost.push(word("map_coarsest", "in the coarsest format {0}", percent(layer.sensitivity)))
+  return { name: layer.name, lines: [what, cost, runs(layer)].map((words) => words.filter(Boolean).join(" · ")).filter(Boolean) }
+}
+
+/** How a layer runs, and why so. @param {Layer} layer */
+function runs(layer) {
+  const said = []
+  const turned = layer.kept && layer.kept !== layer.format
+  if (layer.path) said.push(turned ? word("map_path_as", "{0} as {1}", called(layer.path), layer.kept) : called(layer.path))
+  if (layer.kernel) said.push(word("map_runs_by", "kernel {0}", layer.kernel))
+  const ran = layer.ran?.map(([name, calls]) => `${name} × ${calls}`).join(", ")
+  if (layer.ran) said.push(ran ? word("map_ran", "ran {0}", ran) : word("map_silent", "has not run yet"))
+  return layer.reason ? [...said, layer.reason] : said
 }
 
 /** @param {Layer} layer */
 function format(layer) {
-  const was = layer.planned + (layer.plannedRank ? ` rank ${layer.plannedRank}` : "")
-  return layer.format + (layer.rank && layer.edited ? ` rank ${layer.rank}` : "") + (layer.edited ? ` (planned: ${was})` : "")
+  const named = (/** @type {string} */ label, /** @type {number} */ rank) => (rank ? word("map_ranked", "{0} rank {1}", label, rank) : label)
+  const planned = word("map_planned", "planned: {0}", named(layer.planned, layer.plannedRank))
+  return layer.edited ? `${named(layer.format, layer.rank)} (${planned})` : layer.format
 }
 
 /** @param {Layer} layer */
 function corrected(layer) {
-  if (layer.corrected !== null) return ` → ${percent(layer.corrected)} with ${branch(layer)}`
+  if (layer.corrected !== null) return word("map_with", " → {0} with {1}", percent(layer.corrected), branch(layer))
   return layer.rank ? `, ${branch(layer)}` : ""
 }
 
 /** @param {Layer} layer */
 function branch(layer) {
-  return `correction of rank ${layer.rank}` + (layer.strength === null ? "" : ` at strength ${+layer.strength.toFixed(3)}`)
+  if (layer.strength === null) return word("map_branch", "correction of rank {0}", layer.rank)
+  return word("map_branch_at", "correction of rank {0} at strength {1}", layer.rank, +layer.strength.toFixed(3))
+}
+
+/** A label of Python's in the page's language: of a fact, of a measure, of a path (mosaic.py, maps.py, dispatch.py). @param {string} label */
+export function called(label) {
+  /** @type {Record<string, () => string>} */
+  const known = {
+    "size": () => word("map_fact_size", "size"),
+    "file": () => word("map_fact_file", "file"),
+    "layers": () => word("map_fact_layers", "layers"),
+    "layers in memory": () => word("map_fact_memory", "layers in memory"),
+    "bits per weight": () => word("map_fact_bits", "bits per weight"),
+    "expected error": () => word("map_fact_expected", "expected error"),
+    "asked for": () => word("map_fact_wish", "asked for"),
+    "recipe": () => word("map_fact_recipe", "recipe"),
+    "of the source": () => word("map_fact_source", "of the source"),
+    "correction LoRA": () => word("map_fact_lora", "correction LoRA"),
+    "with correction": () => word("map_fact_corrected", "with correction"),
+    "LoRAs beside it": () => word("map_fact_beside", "LoRAs beside it"),
+    "weight error": () => word("map_weight_error", "weight error"),
+    "output error": () => word("map_output_error", "output error"),
+    "share of the model's error": () => word("map_share_error", "share of the model's error"),
+    "native": () => word("map_native", "native"),
+    "transcode": () => word("map_transcode", "transcode"),
+    "weight-only": () => word("map_weight_only", "weight-only"),
+    "decode": () => word("map_decode", "decode"),
+  } // prettier-ignore
+  return Object.hasOwn(known, label) ? known[label]() : label
 }
 
 /** @param {number} value */

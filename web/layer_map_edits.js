@@ -1,6 +1,7 @@
 // @ts-check
 /** Edits of a plan as text, `PATTERN = FORMAT rN` per line (edits.py), and what they make of its layers. */
 import { arrange, natural } from "./layer_map_data.js"
+import { word } from "./translation.js"
 
 /** @typedef {import("./layer_map_data.js").Layer} Layer @typedef {import("./layer_map_data.js").Option} Option */
 
@@ -22,11 +23,11 @@ export function read(text, layers) {
   text.split(/\r?\n/).forEach((line, at) => {
     const words = line.split("#")[0].trim()
     if (!words) return line.trim() && others.push(line)
-    const say = (/** @type {string} */ problem) => problems.push(`Line ${at + 1}, ${words.slice(0, 60)}: ${problem}`)
+    const say = (/** @type {string} */ problem) => problems.push(word("map_line", "Line {0}, {1}: {2}", at + 1, words.slice(0, 60), problem))
     const [, pattern, format, rank] = words.match(LINE) ?? []
     if (!pattern) {
       others.push(line)
-      return say("write PATTERN = FORMAT or PATTERN = FORMAT rN.")
+      return say(word("map_syntax", "write PATTERN = FORMAT or PATTERN = FORMAT rN."))
     }
     const named = layers.filter(matcher(pattern))
     const taken = named.flatMap((layer) => {
@@ -34,8 +35,8 @@ export function read(text, layers) {
       return option ? [/** @type {const} */ ([layer.index, option])] : []
     })
     if (!taken.length) others.push(line)
-    if (!named.length) say("names no layer of this model.")
-    else if (!taken.length && !(format === "keep" && named.every(locked))) say("is nothing that this plan has measured for these layers.")
+    if (!named.length) say(word("map_no_layer", "names no layer of this model."))
+    else if (!taken.length && !(format === "keep" && named.every(locked))) say(word("map_unmeasured", "is nothing that this plan has measured for these layers."))
     taken.forEach(([index, option]) => chosen.set(index, option))
   })
   return { chosen, others, problems }
@@ -67,8 +68,8 @@ function alternatives(token) {
 
 /** The option that a line means for a layer. @param {Layer} layer @param {string} format @param {number} rank */
 function find(layer, format, rank) {
-  const word = ["bf16", "fp16", "fp32"].includes(format) ? "keep" : format
-  const fits = (/** @type {Option} */ option) => option.format === format || brushOf(option.format) === word
+  const asked = ["bf16", "fp16", "fp32"].includes(format) ? "keep" : format
+  const fits = (/** @type {Option} */ option) => option.format === format || brushOf(option.format) === asked
   return layer.options?.find((option) => option.rank === rank && fits(option))
 }
 

@@ -2,6 +2,7 @@
 /** The grid of a layer map: blocks along x, kinds of layers along y, a tile per layer; walked by keys, painted by strokes. */
 import { element } from "./dom.js"
 import { arrange, flags, lines, shortNames } from "./layer_map_data.js"
+import { word } from "./translation.js"
 
 /** @typedef {import("./layer_map_data.js").Band} Band @typedef {import("./layer_map_data.js").Panel} Panel */
 
@@ -19,7 +20,7 @@ export function tileGrid({ point, stroke, end, escape }) {
   const root = element("div", { className: "grid" })
   root.dataset.part = "grid"
   root.setAttribute("role", "grid")
-  root.setAttribute("aria-label", "Layers: blocks along x, kinds of layers along y")
+  root.setAttribute("aria-label", word("map_grid", "Layers: blocks along x, kinds of layers along y"))
   root.setAttribute("aria-multiselectable", "true")
   /** @type {Panel[]} */
   let panels = []
@@ -84,7 +85,8 @@ export function tileGrid({ point, stroke, end, escape }) {
     })
     if (line.some((band) => band.stack)) box.append(numbers)
     panel.rows.forEach((kind, row) => {
-      const label = element("span", { className: "rowlabel", textContent: kind, title: kind })
+      const said = line.some((band) => band.stack) ? kind : word("map_other", "other")
+      const label = element("span", { className: "rowlabel", textContent: said, title: said })
       label.setAttribute("role", "rowheader")
       label.dataset.part = "row"
       const shown = element("div", { className: "line" }, [label])

@@ -5,12 +5,15 @@ import { find } from "./errors.js"
 import { api, app } from "./frontend.js"
 import { layerMap } from "./layer_map.js"
 import { remount } from "./remount.js"
+import { word } from "./words.js"
 
+const LOADER = () => word("map_run_loader", "Run to see its layers.")
+/** What a map says before there is one, in a line. */
 const NODES = {
-  TesseraDiffusionModelLoader: "Run to see what each layer is stored in and how it runs here.",
-  TesseraCLIPLoader: "Run to see what each layer is stored in and how it runs here.",
-  TesseraPlan: "Run to see what each layer would be packed in; then change it here, layer by layer.",
-  TesseraInspect: "Run to see which kernel each layer runs by.",
+  TesseraDiffusionModelLoader: LOADER,
+  TesseraCLIPLoader: LOADER,
+  TesseraPlan: () => word("map_run_plan", "Run to see and change what each layer becomes."),
+  TesseraInspect: () => word("map_run_inspect", "Run to see how each layer runs."),
 }
 const WIDE = 460 // pixels, the least a map is good in
 const SLACK = 28 // by which a node may be taller than it was made without its user having meant it
@@ -124,8 +127,8 @@ function attach(node, kind) {
   function say() {
     if (failed) return
     const linked = node.inputs?.some((/** @type {any} */ slot) => slot.name === "edits" && slot.link != null)
-    if (linked) view.say(["The edits come from the connected node; what is painted here is not used."])
-    else view.say(shown ? [] : [NODES[kind]])
+    if (linked) view.say([word("map_linked", "The edits come from the connected node; what is painted here is not used.")])
+    else view.say(shown ? [] : [NODES[kind]()])
   }
 
   function look() {

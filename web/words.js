@@ -1,6 +1,9 @@
 // @ts-check
 /** The page's language for what Tessera itself says: `locales/<language>/main.json`, as the host serves it. */
 import { api, app } from "./frontend.js"
+import { speak } from "./translation.js"
+
+export { word } from "./translation.js"
 
 /** @type {Record<string, any>} */
 let translations = {}
@@ -14,14 +17,6 @@ app.registerExtension({
     } catch {
       translations = {}
     }
+    speak(() => translations[app.extensionManager?.setting?.get("Comfy.Locale") ?? "en"]?.tessera)
   },
 })
-
-/**
- * A text in the page's language, `{0}`, `{1}` filled in. @param {string} key @param {string} english @param {...unknown} values
- */
-export function word(key, english, ...values) {
-  const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en"
-  const text = translations[language]?.tessera?.[key] ?? english
-  return text.replace(/\{(\d)\}/g, (/** @type {string} */ _, /** @type {string} */ at) => String(values[Number(at)]))
-}
