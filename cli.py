@@ -8,7 +8,7 @@ import sys
 
 from . import saved_inputs, shortage
 from .commands import bake, calibrate, doctor, extract_lora, inspect, probe, quantize, verify
-from .mosaic_image import THEMES
+from .pictures.mosaic_image import THEMES
 from .quantization import pipeline, recipe
 from .quantization.calibration import MOMENTS
 from .quantization.difference import MAX_RANK, RANK

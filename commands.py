@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from . import additions, baking, calibration_file, job, lora, mosaic, mosaic_image, planning, repairing, saved_inputs
+from . import additions, baking, calibration_file, job, lora, mosaic, planning, repairing, saved_inputs
 from . import doctor as doctors
 from . import edits as by_hand
 from .checkpoint import ABSORB, LAYER_ERRORS, PROVENANCE, Checkpoint
 from .extraction import Extraction
+from .pictures import mosaic_image
 from .quantization import pipeline, recipe
 from .quantization.difference import Wish
 from .quantization.pipeline import Settings

@@ -9,7 +9,8 @@ from decimal import Decimal, InvalidOperation
 
 from torch import Tensor
 
-from . import curves, pictures
+from . import pictures
+from .pictures import curves
 from .quantization import similarity
 from .quantization.similarity import Similarity
 

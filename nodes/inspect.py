@@ -6,9 +6,10 @@ import logging
 
 from comfy_api.latest import io
 
-from .. import host, mosaic, mosaic_image, pictures
+from .. import host, mosaic, pictures
 from ..checkpoint import Checkpoint
 from ..mosaic import Mosaic
+from ..pictures import mosaic_image
 from .quantize import CONNECTED, FOLDERS, checkpoints
 
 log = logging.getLogger("tessera")

@@ -7,7 +7,8 @@ import logging
 from comfy_api.latest import io
 
 from .. import edits as by_hand
-from .. import host, mosaic, mosaic_image, pictures, planning
+from .. import host, mosaic, pictures, planning
+from ..pictures import mosaic_image
 from ..survey import Menu
 from .calibrate import CALIBRATION
 

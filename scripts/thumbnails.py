@@ -24,7 +24,8 @@ from comfy_host import TINY, load_pack  # noqa: E402
 from host_server import HostServer  # noqa: E402
 
 load_pack("tessera", ROOT)
-from tessera import mosaic_colours, mosaic_layout, pictures, sweep  # noqa: E402
+from tessera import pictures, sweep  # noqa: E402
+from tessera.pictures import mosaic_colours, mosaic_layout  # noqa: E402
 from tessera.quantization import recipe as recipes  # noqa: E402
 from tessera.quantization.layer_map import KEEP, label  # noqa: E402
 

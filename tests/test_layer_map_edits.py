@@ -1,4 +1,4 @@
-"""Edits of a plan as text mean the same in Python as in the layer map's JavaScript (tests/web/layer_map_edits.test.mjs)."""
+"""Edits of a plan as text mean the same in Python as in the layer map's JavaScript (layer_map_edits.test.mjs)."""
 
 import json
 

@@ -15,11 +15,12 @@ from PIL import Image
 
 from conftest import ROOT
 from synthetic import ZIMAGE, block, recipe_file, save, zimage
-from tessera import cli, edits, mosaic, mosaic_image, mosaic_layout, planning
+from tessera import cli, edits, mosaic, planning
 from tessera.checkpoint import Checkpoint
 from tessera.formats import TensorSpec
 from tessera.job import Job
-from tessera.mosaic_colours import FORMATS, KERNELS, STEPS, family
+from tessera.pictures import mosaic_image, mosaic_layout
+from tessera.pictures.mosaic_colours import FORMATS, KERNELS, STEPS, family
 from tessera.quantization import architecture, recipe
 from tessera.quantization.indicators import Indicators
 from tessera.quantization.measurement import LocalError, Measurement

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tessera import curves, likeness, pictures, sweep
-from tessera.pictures import HEAT
+from tessera import likeness, pictures, sweep
+from tessera.pictures import HEAT, curves
 
 
 def rgb(text):

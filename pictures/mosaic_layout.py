@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .quantization.patterns import natural
+from ..quantization.patterns import natural
 
 MOST_PANELS = 40  # more kinds of blocks than any model has; the rest stands with the others
 

@@ -84,12 +84,12 @@ def side_by_side(columns: Sequence[tuple[str, Image]], top: float | None = None,
     gap, head = size // 2, 2 * size
     bar = 0 if top is None else 5 * size
     width = sum(picture.width + gap for _, picture in columns) + gap + bar
-    sheet, pen = _sheet(width, height + head + (2 * size if said else gap))
-    pen.text((gap, head + height + size), _fitting(pen, said, size, width - 2 * gap), INK, _font(size), "lm")
+    sheet, pen = new_sheet(width, height + head + (2 * size if said else gap))
+    pen.text((gap, head + height + size), _fitting(pen, said, size, width - 2 * gap), INK, font_of(size), "lm")
     left = gap
     for label, picture in columns:
         sheet.paste(picture, (left, head))
-        pen.text((left, head // 2), _fitting(pen, label, size, picture.width), INK, _font(size), "lm")
+        pen.text((left, head // 2), _fitting(pen, label, size, picture.width), INK, font_of(size), "lm")
         left += picture.width + gap
     if top is not None:
         _scale_bar(sheet, pen, (left, head, size, height), top)
@@ -101,7 +101,7 @@ def _scale_bar(sheet: Image, pen, box: tuple[int, int, int, int], top: float) ->
     left, upper, width, height = box
     ramp = torch.linspace(top, 0, height).unsqueeze(1).expand(height, width)
     sheet.paste(coloured(ramp, top), (left, upper))
-    small = _font(round(width * 0.85))
+    small = font_of(round(width * 0.85))
     for share in (0, 0.5, 1):
         y = upper + (1 - share) * (height - 1)
         pen.line([(left + width, y), (left + width * 1.3, y)], FAINT)
@@ -125,14 +125,14 @@ def grid(rows: Sequence[Sequence[Image]], labels: Sequence[tuple[str, str]], mar
     gap, head = max(6, size // 2), round(2.9 * size)
     block = (width + gap, head + sum(heights) + gap * len(heights))
     lines = math.ceil(count / columns)
-    sheet, pen = _sheet(columns * block[0] + gap, lines * block[1] + gap)
+    sheet, pen = new_sheet(columns * block[0] + gap, lines * block[1] + gap)
     for number, ((label, small), pictures, framed) in enumerate(places):
         left, upper = gap + number % columns * block[0], gap // 2 + number // columns * block[1]
         colour = GOOD if framed else INK
         text = f"{label}, best" if framed else label
-        pen.text((left, upper + 0.2 * size), _fitting(pen, text, size, width), colour, _font(size), "lt")
+        pen.text((left, upper + 0.2 * size), _fitting(pen, text, size, width), colour, font_of(size), "lt")
         less = round(0.8 * size)
-        pen.text((left, upper + 1.6 * size), _fitting(pen, small, less, width), FAINT, _font(less), "lt")
+        pen.text((left, upper + 1.6 * size), _fitting(pen, small, less, width), FAINT, font_of(less), "lt")
         y = upper + head
         for picture, height in zip(pictures, heights, strict=True):
             sheet.paste(picture, (left, y))
@@ -153,8 +153,8 @@ def _page(count: int) -> int:
 
 def note(text: str, size: tuple[int, int] = (900, 160)) -> Image:
     """A card with a sentence: in the place of a picture that there is none of."""
-    sheet, pen = _sheet(*size)
-    pen.multiline_text((size[0] / 2, size[1] / 2), text, FAINT, _font(20), "mm", align="center")
+    sheet, pen = new_sheet(*size)
+    pen.multiline_text((size[0] / 2, size[1] / 2), text, FAINT, font_of(20), "mm", align="center")
     return sheet
 
 
@@ -168,7 +168,7 @@ def _scaled(picture: Image, cell: int) -> Image:
     return enlarged(picture, min(cell, 256))
 
 
-def _sheet(width: int, height: int):
+def new_sheet(width: int, height: int):
     from PIL import Image, ImageDraw
 
     sheet = Image.new("RGB", (width, height), PAPER)
@@ -179,7 +179,7 @@ def _text_size(height: float) -> int:
     return min(48, max(14, round(height / 24)))
 
 
-def _font(size: int):
+def font_of(size: int):
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
@@ -187,7 +187,7 @@ def _font(size: int):
 
 def _fitting(pen, text: str, size: int, width: int) -> str:
     """The text, with an ellipsis where it is wider than that."""
-    text, font = " ".join(text.split())[:200], _font(size)
+    text, font = " ".join(text.split())[:200], font_of(size)
     if pen.textlength(text, font) <= width:
         return text
     while text and pen.textlength(text + "…", font) > width:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..header import shown
+from ..tiles import Mosaic, Tile
 from . import mosaic_layout
-from .header import shown
 from .mosaic_colours import STEPS, WAYS, Scheme, scheme
 from .mosaic_layout import Band, Panel
-from .tiles import Mosaic, Tile
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .tiles import EXACT, Tile, gigabytes, percent
+from ..tiles import EXACT, Tile, gigabytes, percent
 
 FORMATS = {
     "nvfp4": ("#D55E00", "4"),

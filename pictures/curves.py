@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .pictures import FAINT, GOOD, INK, PAPER, RULE, _font, _sheet
+from . import FAINT, GOOD, INK, PAPER, RULE, font_of, new_sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +31,7 @@ def curve(title: str, x_title: str, strengths: Sequence[float], left: Series, ri
     """Both series over the strengths, in their order from small to large."""
     from PIL import Image
 
-    sheet, pen = _sheet(WIDTH * FINE, HEIGHT * FINE)
+    sheet, pen = new_sheet(WIDTH * FINE, HEIGHT * FINE)
     chart = _Chart(sheet, pen, _axis(strengths, zero=False, spare=0.03))
     chart.text((WIDTH / 2, 30), title, INK, 20, "mm")
     chart.frame(x_title)
@@ -89,7 +89,7 @@ class _Chart:
         return HEIGHT - LOWER - axis.share(value) * (HEIGHT - UPPER - LOWER)
 
     def text(self, at: tuple[float, float], text: str, colour: str, size: int, anchor: str) -> None:
-        self.pen.text([FINE * n for n in at], text, colour, _font(size * FINE), anchor)
+        self.pen.text([FINE * n for n in at], text, colour, font_of(size * FINE), anchor)
 
     def stroke(self, points, colour: str, width: float) -> None:
         self.pen.line([(FINE * x, FINE * y) for x, y in points], colour, round(FINE * width), "curve")
@@ -118,9 +118,9 @@ class _Chart:
                 self.stroke([(LEFT, y), (WIDTH - RIGHT, y)], RULE, 0.5)
             at, anchor = ((edge - 8, y), "rm") if on_left else ((edge + 8, y), "lm")
             self.text(at, f"{tick:.4g}", series.colour, 15, anchor)
-        title, pen = _sheet((HEIGHT - UPPER - LOWER) * FINE, 24 * FINE)
+        title, pen = new_sheet((HEIGHT - UPPER - LOWER) * FINE, 24 * FINE)
         said = f"{series.title} ({series.unit})"
-        pen.text((title.width / 2, title.height / 2), said, series.colour, _font(16 * FINE), "mm")
+        pen.text((title.width / 2, title.height / 2), said, series.colour, font_of(16 * FINE), "mm")
         turned = title.rotate(90 if on_left else -90, expand=True)
         self.sheet.paste(turned, (FINE * (8 if on_left else WIDTH - 32), FINE * UPPER))
 
