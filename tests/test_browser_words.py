@@ -16,6 +16,12 @@ pytestmark = pytest.mark.host
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
 COMMAND = "window.app.extensionManager.command.execute('Tessera.UseLoaders')"
 PROMPT = "window.app.graphToPrompt().then(({ output }) => output)"
+COVERED = """window.probe.nodes().flatMap((one, _, all) => {
+  const over = (other) => other.pos[0] < one.pos[0] + one.size[0] && other.pos[0] + other.size[0] > one.pos[0]
+    && other.pos[1] - 30 < one.pos[1] + one.size[1] && other.pos[1] + other.size[1] > one.pos[1] - 30
+  const beside = all.filter((other) => other !== one && other.graph === one.graph)
+  return beside.filter(over).map((other) => [one.type, other.type])
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,8 @@ def test_swapped_loaders_run_what_the_loaders_did_and_one_undo_takes_it_back(pag
         assert after[id]["class_type"] == counterparts.get(node["class_type"], node["class_type"])
         assert {key: after[id]["inputs"].get(key) for key in node["inputs"]} == node["inputs"]
     assert kept(saved["nodes"]) == kept(swapped["nodes"]) and saved["groups"] == swapped["groups"]
+    if name != "mixed":
+        assert page.at.evaluate(COVERED) == []  # loaders with a map take little more room
     if name == "mixed":
         toast = page.at.locator(".p-toast-message", has_text="Left as it is").last
         expect(toast).to_contain_text("Load Checkpoint (Tessera has no node in its place)")
@@ -140,6 +148,8 @@ def test_chinese_names_nodes_inputs_settings_and_what_the_page_says(studio):
         page.at.evaluate(COMMAND)
         said = json.loads((ROOT / "locales" / "zh" / "main.json").read_text("utf-8"))["tessera"]
         expect(page.at.locator(".p-toast-message")).to_contain_text(said["swap_none"])
+        page.at.evaluate("window.app.graph.add(LiteGraph.createNode('TesseraPlan'))")
+        expect(page.inside("TesseraPlan").locator("[data-part=message]")).to_have_text(said["map_run_plan"])
         page.at.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
         page.at.get_by_role("dialog").get_by_text("Tessera", exact=True).first.click()
         settings = json.loads((ROOT / "locales" / "zh" / "settings.json").read_text("utf-8"))

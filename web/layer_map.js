@@ -31,7 +31,7 @@ export function layerMap({ editable, onHeight = () => {}, width: guess = () => 4
   let ways = []
   let by = "format"
   let width = 0
-  let high = 40
+  let high = 20 // of a line
   let folded = false
 
   /** @param {any} payload as in tiles.py; null: nothing is known yet */

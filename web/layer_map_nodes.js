@@ -158,7 +158,7 @@ function attach(node, kind) {
     after(text, "callback", view.look)
   }
   node.addDOMWidget("map", "tessera_map", view.element, {
-    serialize: false, hideInPanel: true, getMinHeight: () => view.height() + 12, margin: 6,
+    serialize: false, hideInPanel: true, getMinHeight: () => view.height() + (shown ? 12 : 0), margin: 6, // the host adds 12
   }) // prettier-ignore
   after(node, "onExecuted", (output) => output?.tessera_map?.[0] && show(output.tessera_map[0]))
   after(node, "onConfigure", () => {
