@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 import comfy.quant_ops
 
 from ..kernels.dispatch import Plan
+from ..words import first_of
 from . import guard, stacking
 from .attaching import quantized_layers
 from .carrying import Carrying
 from .loading import PLANS, plan_lines, plans
 from .planned import EXACT, Planned
+
+NOTHING = "nothing has run yet: connect what the sampler makes to `after`"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Inspection:
 
     summary: list[str]
     rows: list[Row]
+    hint: str = ""  # of the summary, what calls for the user
 
     def kernels(self) -> dict[str, tuple[int, int]]:
         """Kernel that ran -> (layers, calls)."""
@@ -57,14 +61,11 @@ class Inspection:
         lines += [
             f"ran {kernel}: {calls} calls in {layers} layers" for kernel, (layers, calls) in self.kernels().items()
         ]
-        silent = [row.layer for row in self.rows if not row.runs]
+        silent, other = self._silent(), self._other()
         if silent and len(silent) < len(self.rows):
-            lines.append(
-                f"did not run: {len(silent)} layers ({', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''})"
-            )
+            lines.append(f"did not run: {len(silent)} layers ({first_of(silent)})")
         elif silent:
-            lines.append("nothing has run yet: connect what the sampler makes to `after`")
-        other = [row for row in self.rows if any(kernel not in (row.kernel, EXACT) for kernel in row.runs)]
+            lines.append(NOTHING)
         if other:
             ran = ", ".join(other[0].runs)
             lines.append(f"not as planned: {len(other)} layers ({other[0].layer}: {ran}), as a LoRA of ComfyUI's own "
@@ -74,6 +75,24 @@ class Inspection:
             ranks = sorted({rank for row in branched for rank in row.ranks})
             lines.append(f"{len(branched)} layers with low-rank branches, rank {', '.join(map(str, ranks))}")
         return "\n".join(lines) or "no quantized layers"
+
+    def brief(self) -> str:
+        """What the node says below its layer map, at most two lines: the kernels that ran, and what is not right."""
+        if not self.rows:
+            return self.hint.partition(" (")[0] or "no quantized layers"
+        ran = ", ".join(f"{kernel} in {layers} layers" for kernel, (layers, _) in self.kernels().items())
+        silent, other = self._silent(), self._other()
+        warnings = [f"did not run: {len(silent)} layers ({first_of(silent, 1)})"] if silent and ran else []
+        warnings += [f"not as planned: {len(other)} layers ({other[0].layer})"] if other else []
+        warnings += [self.hint.partition(" (")[0]] if self.hint else []
+        return "\n".join([f"ran {ran}" if ran else NOTHING, *filter(None, ["; ".join(warnings)])])
+
+    def _silent(self) -> list[str]:
+        return [row.layer for row in self.rows if not row.runs]
+
+    def _other(self) -> list[Row]:
+        """Rows that a kernel ran which was not planned for them."""
+        return [row for row in self.rows if any(kernel not in (row.kernel, EXACT) for kernel in row.runs)]
 
     def markdown(self) -> str:
         """All layers as a table."""
@@ -92,16 +111,17 @@ def inspect(patcher) -> Inspection:
     found, loading = plans(patcher), patcher.get_attachment(PLANS)
     if not found:
         others = len(quantized_layers(patcher))
-        hint = [f"{others} quantized layers from another loader: ComfyUI runs them, Tessera has not planned them"]
+        foreign = f"{others} quantized layers from another loader: ComfyUI runs them, Tessera has not planned them"
         merged = guard.merged_hint(patcher)
-        return Inspection([*(hint if others else []), *([merged] if merged else [])], [])
+        hints = [*([foreign] if others else []), *([merged] if merged else [])]
+        return Inspection(hints, [], hints[-1] if hints else "")
     layers = _by_name(patcher, found)
     rows = [_row(name, label, plan, layers[name], loading.costs.get(name, (None, None)))
             for name, (label, plan) in found.items() if name in layers]  # fmt: skip
     stack = [f"beside the weights: {entry.name}, strength {strength:g}{'' if schedule is None else f', {schedule}'}"
              for entry, strength, schedule in stacking.entries(patcher) if not entry.absorbed]  # fmt: skip
     merged = guard.merged_hint(patcher)
-    return Inspection([*plan_lines(patcher), *stack, *([merged] if merged else [])], rows)
+    return Inspection([*plan_lines(patcher), *stack, *([merged] if merged else [])], rows, merged or "")
 
 
 def _by_name(patcher, names: Mapping[str, object]) -> dict[str, Planned]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+from collections import Counter
 from pathlib import Path
 
 import comfy.model_detection
@@ -21,6 +22,7 @@ from ..kernels import dispatch
 from ..kernels.dispatch import Plan
 from ..kernels.facts import DeviceFacts
 from ..shortage import Told
+from ..tiles import percent
 from ..transcode import Cache
 from . import attaching, caching, embedding, guard, settings, wiring
 from .operations import Loading, operations
@@ -29,6 +31,10 @@ log = logging.getLogger("tessera")
 
 REMEDY = "unload other models (in ComfyUI's menu), close other programs, or load a smaller file"
 PLANS = "tessera_plans"  # attachment of a MODEL's patcher: the Loading that planned its layers
+DONE = {
+    dispatch.NATIVE: "native", dispatch.TRANSCODE: "transcoded", dispatch.WEIGHT_ONLY: "decoded by their kernel",
+    dispatch.DECODE: "decoded",
+}  # fmt: skip
 
 
 def _within_memory(load):
@@ -272,3 +278,17 @@ def plan_lines(patcher) -> list[str]:
 def plan_text(patcher) -> str:
     """How a loaded model's quantized layers run here, in words."""
     return "\n".join(plan_lines(patcher)) or "no quantized layers"
+
+
+def plan_brief(patcher) -> str:
+    """What a loader's node says below its layer map, at most two lines; the map has the rest."""
+    loading: Loading | None = patcher.get_attachment(PLANS)
+    if loading is None or not loading.plans:
+        return "no quantized layers"
+    planned = [plan for _, plan in loading.plans.values()]
+    counts = Counter(DONE[plan.path] for plan in planned)
+    line = ", ".join(f"{n} layers {done}" for done, n in counts.most_common())
+    if loading.costs:
+        line += f", at most {percent(max(distance for distance, _ in loading.costs.values()))} moved"
+    fixes = dict.fromkeys(f"for the native path {plan.fix}" for plan in planned if plan.fix)
+    return "\n".join([line, *[*fixes, *attaching.absorbed_text(patcher)][:1]])

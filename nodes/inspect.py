@@ -52,10 +52,13 @@ class Inspect(io.ComfyNode):
         if model is not None and clip is not None:
             raise ValueError("model and clip are both connected; disconnect one, or use a second Inspect (Tessera)")
         if model is None and clip is None:
-            return _shown(cls, *_file(file), color)
+            made = _shown(*_file(file), color)
+            host.say(cls.hidden.unique_id, "read from the file's header; nothing was loaded")
+            return made
         patcher = clip.patcher if model is None else model
         found = host.inspect(patcher)
-        return _shown(cls, found.text(), found.markdown(), [found.as_dict()], host.inspected_map(patcher), color)
+        host.say(cls.hidden.unique_id, found.brief())
+        return _shown(found.text(), found.markdown(), [found.as_dict()], host.inspected_map(patcher), color)
 
 
 def _file(choice: str) -> tuple[str, str, list[dict], Mosaic]:
@@ -69,9 +72,8 @@ def _file(choice: str) -> tuple[str, str, list[dict], Mosaic]:
     return text, f"{text}\n\n{found.table()}", [], found
 
 
-def _shown(cls, text: str, report: str, rows: list[dict], found: Mosaic, color: str) -> io.NodeOutput:
+def _shown(text: str, report: str, rows: list[dict], found: Mosaic, color: str) -> io.NodeOutput:
     for line in text.splitlines():
         log.info("Tessera: %s", line)
-    host.say(cls.hidden.unique_id, text)
     picture = pictures.tensor([mosaic_image.draw(found, color)])
     return io.NodeOutput(report, picture, ui={"text": [text], "tessera_rows": rows, "tessera_map": [found.payload()]})

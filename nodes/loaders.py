@@ -57,7 +57,7 @@ class DiffusionModelLoader(io.ComfyNode):
     def execute(cls, unet_name, weight_dtype="default", speed="auto", cache=False):
         path = host.full_path("diffusion_models", unet_name)
         model = host.load_diffusion_model(path, WEIGHT_DTYPES[weight_dtype], speed, cache)
-        host.say(cls.hidden.unique_id, host.plan_text(model))
+        host.say(cls.hidden.unique_id, host.plan_brief(model))
         return io.NodeOutput(model, ui={"tessera_map": [host.loaded_map(model).payload()]})
 
 
@@ -88,5 +88,5 @@ class CLIPLoader(io.ComfyNode):
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
         clip = host.load_clip(host.full_path("text_encoders", clip_name), clip_type, options, speed, cache)
-        host.say(cls.hidden.unique_id, host.plan_text(clip.patcher))
+        host.say(cls.hidden.unique_id, host.plan_brief(clip.patcher))
         return io.NodeOutput(clip, ui={"tessera_map": [host.loaded_map(clip.patcher).payload()]})

@@ -3,6 +3,7 @@
 There is no GPU here: facts are made up and CUDA kernels are stood in for by the reference that they are tested against.
 """
 
+import re
 import shutil
 
 import pytest
@@ -392,6 +393,8 @@ def test_wiring_is_taken_back_and_spares_hooked_layers(device, mixed):
 
 
 def test_inspect_counts_the_kernels_that_ran_and_says_what_transcoding_cost(models, tiny):
+    from tessera import host
+
     model = ours(tiny["model"])
     before = node("TesseraInspect").execute(model)
     assert "nothing has run yet" in before.ui["text"][0]
@@ -403,6 +406,9 @@ def test_inspect_counts_the_kernels_that_ran_and_says_what_transcoding_cost(mode
         layers = sum(row["kernel"] == kernel for row in data["layers"])
         assert f"ran {kernel}: " in text and f"calls in {layers} layers" in text
     assert "transcoded 28 layers: weights moved by at most" in text and "not as planned" not in text
+    brief = host.inspect(model).brief()
+    assert brief.startswith("ran ") and "\n" not in brief and all(kernel in brief for kernel in kernels)
+    assert re.fullmatch(r"28 layers transcoded, at most \d[.\d]* % moved", host.plan_brief(model))
     assert len(data["layers"]) == 28 and all(row["runs"] == {row["kernel"]: 3} for row in data["layers"])
     assert all(row["kept"] == "int8_convrot_256" and 0 < row["distance"] < 0.05 for row in data["layers"])
     table = [line for line in found.args[0].splitlines() if line.startswith("| ")]
@@ -410,6 +416,8 @@ def test_inspect_counts_the_kernels_that_ran_and_says_what_transcoding_cost(mode
 
 
 def test_inspect_names_layers_that_did_not_run_as_planned(models, tiny):
+    from tessera import host
+
     corrected = loaded(node("TesseraCorrectionLoRA").execute(ours(tiny["model"]), tiny["lora"], 1.0).args[0])
     layer = layer_of(corrected)
     layer(inputs(2))
@@ -418,14 +426,20 @@ def test_inspect_names_layers_that_did_not_run_as_planned(models, tiny):
     text = node("TesseraInspect").execute(corrected).ui["text"][0]
     assert f"not as planned: 1 layers ({LAYER}: {layer.tessera_plan.kernel}, host, decoded)" in text
     assert "did not run: 27 layers" in text and "28 layers with low-rank branches" in text
+    ran, wrong = host.inspect(corrected).brief().splitlines()
+    assert ran.startswith("ran ") and "did not run: 27 layers (" in wrong
+    assert f"not as planned: 1 layers ({LAYER})" in wrong
     corrected.detach()
 
 
 def test_inspect_leaves_models_of_other_loaders_alone_with_a_hint(tiny):
     import nodes
 
+    from tessera import host
+
     stock = nodes.UNETLoader().load_unet(tiny["model"], "default")[0]
     assert "28 quantized layers from another loader" in node("TesseraInspect").execute(stock).ui["text"][0]
+    assert host.inspect(stock).brief().startswith("28 quantized layers from another loader")
     assert node("TesseraInspect").execute(ours(tiny["bf16"])).ui["text"] == ["no quantized layers"]
 
 

@@ -4,6 +4,7 @@ import copy
 import importlib.resources
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -147,6 +148,8 @@ def test_log_has_one_plan_line_per_format_and_load(host, first):
     assert len(lines) == 3 and sum("transcoded 28 layers: weights moved by at most" in line for line in lines) == 1
     for counted in ("15 mxfp8", "13 nvfp4"):
         assert any(f"{counted}: transcode to int8_convrot_256" in line for line in lines)
+    said = set(host.progress_texts("load"))
+    assert len(said) == 1 and re.fullmatch(r"28 layers transcoded, at most \d[.\d]* % moved", said.pop())
     assert "IMPORT FAILED" not in host.log
 
 
