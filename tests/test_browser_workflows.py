@@ -18,6 +18,14 @@ WIDE = 119  # layers; a layer takes a fifth of a second or more, a reload of the
 HOSTILE = "<img src=x onerror=hacked=1>.0.w"  # no reader takes a file with such a name
 STRANGE = ('"onmouseover="hacked=1', "&lt;img src=x onerror=hacked=1&gt;", "${hacked=1}{{hacked}}")
 NAMES = [f"layers.{i}.{STRANGE[i % 3]}" for i in range(6)]
+UNDO = """async () => {
+  const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker
+  const capture = tracker.captureCanvasState ?? tracker.checkState // its name before 1.44
+  capture.call(tracker)
+  window.probe.widget("TesseraQuantize", "rank").value = 64
+  capture.call(tracker)
+  await tracker.undo()
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +110,15 @@ def test_a_quantization_survives_a_reload_and_is_cancelled(page):
         page.wait(prompt)
     expect(status(page)).to_contain_text("was cancelled")
     assert not list(page.host.models("diffusion_models").glob("cancelled_*"))
+
+
+def test_a_quantization_is_still_shown_after_undo(page):
+    quantizing(page, "strange.safetensors", f"undone_{page.renderer}")
+    page.run()
+    page.at.evaluate(UNDO)
+    page.until(f"window.probe.widget('{QUANTIZE}', 'job').element.isConnected")
+    assert page.value(QUANTIZE, "rank") == 32
+    expect(status(page)).to_contain_text("is made and checked")
 
 
 def test_names_of_layers_are_shown_as_text(page):

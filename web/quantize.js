@@ -5,6 +5,7 @@ import { addStyle, after, button, element, keepInside } from "./dom.js"
 import { api, app } from "./frontend.js"
 import { layerMap } from "./layer_map.js"
 import { duration, markdown, newest, percent, size, sorted } from "./quantize_text.js"
+import { remount } from "./remount.js"
 import { word } from "./words.js"
 
 /** @typedef {import("./quantize_text.js").Job} Job */
@@ -197,6 +198,7 @@ function attach(node) {
   }) // prettier-ignore
   drawn.set(node, take)
   after(node, "onRemoved", () => drawn.delete(node))
+  after(node, "onConfigure", () => remount(node, root))
   after(node, "onExecuted", (output) => {
     const done = output?.tessera_job?.[0]
     if (done && !elsewhere.has(done.job)) take({ ...done, map: output.tessera_map?.[0] })
