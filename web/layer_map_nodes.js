@@ -103,15 +103,20 @@ function attach(node, kind) {
   let fitted = Infinity
 
   function show(/** @type {any} */ payload) {
+    if (!shown) arrange() // later ones stay as they are, open or folded
     shown = payload
     memory.set(key(node), payload)
     failed = false
-    const room = !kind.endsWith("Loader") || hasRoom(node, Math.max(node.size[0], WIDE), Math.max(node.size[1], node.computeSize()[1] + TALL))
-    const folded = node.properties?.[FOLDED] ?? !room
-    if (!folded) widen()
-    view.fold(folded)
     view.show(payload)
     say()
+  }
+
+  /** Folds the first map of a node as its user has last said, else a loader's where it would cover another node. */
+  function arrange() {
+    const [width, height] = [Math.max(node.size[0], WIDE), Math.max(node.size[1], node.computeSize()[1] + TALL)]
+    const folded = node.properties?.[FOLDED] ?? (kind.endsWith("Loader") && !hasRoom(node, width, height))
+    if (!folded) widen()
+    view.fold(folded)
   }
 
   function widen() {
