@@ -69,7 +69,7 @@ def test_loading_removes_what_was_used_longest_ago_and_never_its_own(folder, set
     (own,) = set(folder.glob("*.safetensors")) - {old, older}
     assert old.exists() and older.exists(), "0 is no limit"
 
-    setting(CacheLimit=(own.stat().st_size + 3_000_000) / 1e9)
+    setting(CacheLimit=(own.stat().st_size + 3_000_500) / 1e9)
     with caplog.at_level("INFO", "tessera"):
         load(tiny["model"], cache=True)
     assert own.exists() and old.exists() and not older.exists() and other.exists()
