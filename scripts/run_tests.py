@@ -54,7 +54,8 @@ def everything(cores):
     """Arguments for the whole suite."""
     workers = max(1, min(cores, 4))  # each starts a ComfyUI of its own: 1 GB
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    return ["-rs", "-n", str(workers), "--dist", "loadfile"] if workers > 1 else ["-rs"]
+    told = ["-rs", "--durations=25", "--durations-min=5"]
+    return [*told, "-n", str(workers), "--dist", "loadfile"] if workers > 1 else told
 
 
 if __name__ == "__main__":
