@@ -55,7 +55,8 @@ def everything(cores):
     workers = max(1, min(cores, 4))  # each starts a ComfyUI of its own: 1 GB
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     told = ["-rs", "--durations=25", "--durations-min=5"]
-    return [*told, "-n", str(workers), "--dist", "loadfile"] if workers > 1 else told
+    shared = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]  # tests/conftest.py orders them
+    return [*told, *shared] if workers > 1 else told
 
 
 if __name__ == "__main__":

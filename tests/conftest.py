@@ -52,3 +52,17 @@ def tiny(models):
     lora = models / "loras" / "tiny_nvfp4_lora.safetensors"
     Job(Checkpoint(comfy_host.TINY), target, recipe.builtin("z_image_nvfp4"), lora).run()
     return {"bf16": "tiny.safetensors", "model": target.name, "lora": lora.name}
+
+
+LONG = (  # files of few tests that take minutes of a core: begun last, they would keep one process busy alone
+    "test_browser_workflows", "test_browser_widgets", "test_demo", "test_host_workflows", "test_host_units",
+    "test_browser_words", "test_host_soak", "test_host_surface", "test_host_compare", "test_host_live",
+    "test_memory_limits", "test_notebook", "test_newest_kitchen", "test_host_mosaic", "test_resume", "test_cli",
+    "test_host_quality", "test_compile",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first. Processes take files in this order (`--no-loadscope-reorder` in scripts/run_tests.py)."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))

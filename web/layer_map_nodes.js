@@ -103,7 +103,7 @@ function attach(node, kind) {
   let fitted = Infinity
 
   function show(/** @type {any} */ payload) {
-    if (!shown) arrange() // later ones stay as they are, open or folded
+    if (!open) arrange() // one that is open stays so
     shown = payload
     memory.set(key(node), payload)
     failed = false
@@ -111,13 +111,15 @@ function attach(node, kind) {
     say()
   }
 
-  /** Folds the first map of a node as its user has last said, else a loader's where it would cover another node. */
+  /** Folds a map as its user has last said, else a loader's where it would cover another node. */
   function arrange() {
     const [width, height] = [Math.max(node.size[0], WIDE), Math.max(node.size[1], node.computeSize()[1] + TALL)]
     const folded = node.properties?.[FOLDED] ?? (kind.endsWith("Loader") && !hasRoom(node, width, height))
     if (!folded) widen()
     view.fold(folded)
+    open = !folded
   }
+  let open = false
 
   function widen() {
     if (node.size[0] < WIDE) node.setSize([WIDE, node.size[1]])
@@ -125,6 +127,7 @@ function attach(node, kind) {
 
   function fold(/** @type {boolean} */ folded) {
     node.setProperty(FOLDED, folded)
+    open = !folded
     if (!folded) widen()
   }
 
