@@ -33,7 +33,7 @@ def of_plan(plan: Plan) -> Mosaic:
             _root(layer.damage) if layer.rank else None, _root(max(scores.values(), default=None)),
             reason=layer.reason if name in survey.kept else "", rank=layer.rank or 0, edited=name in plan.before,
             planned=label(before.format), planned_rank=before.rank or 0))  # fmt: skip
-    facts = [("size", gigabytes(plan.nbytes)), ("bits per weight", _bits(plan.nbytes, shapes)),
+    facts = [("size", gigabytes(plan.nbytes)), ("bits per weight", _bits(plan.nbytes, shapes.values())),
              ("expected error", percent(plan.error)), ("asked for", plan.wish)]  # fmt: skip
     facts += [("edited", f"{len(plan.before)} layers")] if plan.before else []
     return Mosaic(plan.name, PLAN, facts, tiles, plan.options, plan.nbytes, plan.edits, SHARE)
@@ -73,11 +73,9 @@ def of_inspection(title: str, tiles: Sequence[Tile], facts: Sequence[tuple[str, 
                   measure: str = WEIGHT) -> Mosaic:  # fmt: skip
     """A model that is loaded, its tiles made by who knows the host."""
     quantized = [tile for tile in tiles if tile.quantized]
-    weights = sum(math.prod(tile.shape) for tile in tiles)
-    found = [("layers in memory", gigabytes(sum(tile.nbytes for tile in tiles)))] if tiles else []
-    if weights:
-        found.append(("bits per weight", f"{8 * sum(tile.nbytes for tile in tiles) / weights:.2f}"))
-    found += [*_errors(quantized, measure), *facts]
+    nbytes = sum(tile.nbytes for tile in tiles)
+    sizes = [("layers in memory", gigabytes(nbytes)), ("bits per weight", _bits(nbytes, (t.shape for t in tiles)))]
+    found = [*(sizes if tiles else []), *_errors(quantized, measure), *facts]
     return Mosaic(title, kind, found, tiles, measure=measure)
 
 
@@ -93,7 +91,7 @@ def of_file(file: Checkpoint) -> Mosaic:
         rank = file.tensors[layer.sources["absorb_down"]].shape[0] if layer.absorbs else 0
         reason = "; ".join(_remarks(layer))
         tiles.append(Tile(name, layer.format.label, shape, nbytes, *known.of(name), reason=reason, rank=rank))
-    facts = [("size", gigabytes(file.nbytes)), ("bits per weight", _bits(file.nbytes, shapes)),
+    facts = [("size", gigabytes(file.nbytes)), ("bits per weight", _bits(file.nbytes, shapes.values())),
              *_errors(tiles, known.measure)]  # fmt: skip
     return Mosaic(file.name, FILE, facts, tiles, measure=known.measure)
 
@@ -198,8 +196,8 @@ def _remarks(layer) -> list[str]:
     return remarks + (["made by another tool, read as this format"] if layer.foreign is not None else [])
 
 
-def _bits(nbytes: int, shapes: Mapping[str, Sequence[int]]) -> str:
-    return f"{8 * nbytes / max(1, sum(math.prod(shape) for shape in shapes.values())):.2f}"
+def _bits(nbytes: int, shapes: Iterable[Sequence[int]]) -> str:
+    return f"{8 * nbytes / max(1, sum(map(math.prod, shapes))):.2f}"
 
 
 def _root(damage: float | None) -> float | None:

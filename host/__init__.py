@@ -17,7 +17,7 @@ from .baking import bake_of
 from .guard import merged_hint
 from .inspection import Inspection, inspect
 from .jobs import Live
-from .loading import load_clip, load_diffusion_model, plan_brief, plan_text, plans, transcoded_folder
+from .loading import load_clip, load_diffusion_model, plan_brief, plan_lines, plans, transcoded_folder
 from .maps import inspected_map, loaded_map
 from .memory import ModelSource, clip_source, model_source
 from .precision import schedule_precision
@@ -41,6 +41,7 @@ from .ui import (
     output_path,
     recipes_folder,
     say,
+    tell,
 )
 
 __all__ = [
@@ -49,7 +50,7 @@ __all__ = [
     "calibration_of", "calibration_path", "calibrations", "clip_source", "compute_device", "coverage", "filenames",
     "full_path", "inspect", "inspected_map", "lacks_branch", "listed_name", "load_clip", "load_diffusion_model",
     "loaded_map", "lora_beside", "make_room", "measure", "merged_hint", "mismatch", "model_source",
-    "new_calibration_path", "new_recipe_path", "output_path", "plan_brief", "plan_text", "plans",
+    "new_calibration_path", "new_recipe_path", "output_path", "plan_brief", "plan_lines", "plans",
     "quantized_layers", "recipes_folder", "record", "register_routes", "say", "schedule_precision", "surveyed",
-    "sweep", "transcoded_folder",
+    "sweep", "tell", "transcoded_folder",
 ]  # fmt: skip

@@ -137,11 +137,14 @@ def _by_name(patcher, names: Mapping[str, object]) -> dict[str, Planned]:
 
 
 def _row(name: str, label: str, plan: Plan, layer: Carrying, cost) -> Row:
-    weight = layer.weight
-    nbytes = sum(t.nbytes for t in weight.state_dict().values()) if isinstance(
-        weight, comfy.quant_ops.QuantizedTensor) else weight.nbytes  # fmt: skip
     return Row(name, label, layer.tessera_format.label, plan.path, plan.kernel, plan.reason, tuple(layer._orig_shape),
-               nbytes, dict(layer.tessera_runs), *cost, *_branch(layer))  # fmt: skip
+               bytes_of(layer.weight), dict(layer.tessera_runs), *cost, *_branch(layer))  # fmt: skip
+
+
+def bytes_of(weight) -> int:
+    """What a weight takes, its scales counted."""
+    quantized = isinstance(weight, comfy.quant_ops.QuantizedTensor)
+    return sum(t.nbytes for t in weight.state_dict().values()) if quantized else weight.nbytes
 
 
 def _branch(layer: Carrying) -> tuple[list[int], tuple[str, ...], tuple[float, ...]]:

@@ -275,11 +275,6 @@ def plan_lines(patcher) -> list[str]:
     return [*lines, *attaching.absorbed_text(patcher)]
 
 
-def plan_text(patcher) -> str:
-    """How a loaded model's quantized layers run here, in words."""
-    return "\n".join(plan_lines(patcher)) or "no quantized layers"
-
-
 def plan_brief(patcher) -> str:
     """What a loader's node says below its layer map, at most two lines; the map has the rest."""
     loading: Loading | None = patcher.get_attachment(PLANS)

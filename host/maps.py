@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import comfy.quant_ops
 from torch import nn
 
 from .. import mosaic
@@ -17,7 +16,7 @@ from ..mosaic import Errors, Mosaic, Tile
 from ..tiles import INSPECTED, LOADED, gigabytes
 from . import stacking
 from .attaching import TRUNK, file_of, quantized_layers
-from .inspection import Row, inspect
+from .inspection import Row, bytes_of, inspect
 from .recording import linear_layers
 
 
@@ -106,8 +105,6 @@ def _quantized(row: Row, errors: Errors, correction: tuple[int, float] | None, r
 
 def _foreign(name: str, module: nn.Module, errors: Errors) -> Tile:
     """A quantized layer that another loader has made."""
-    weight = module.weight
-    quantized = isinstance(weight, comfy.quant_ops.QuantizedTensor)
-    nbytes = sum(t.nbytes for t in weight.state_dict().values()) if quantized else weight.nbytes
     shape = module.out_features, module.in_features
-    return Tile(name, str(module.quant_format), shape, nbytes, errors.of(name)[0], reason="from another loader")
+    return Tile(name, str(module.quant_format), shape, bytes_of(module.weight), errors.of(name)[0],
+                reason="from another loader")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 
 import comfy.model_management
@@ -12,6 +13,7 @@ import folder_paths
 from ..job import Step
 
 BAR = 1000  # parts of a progress bar
+log = logging.getLogger("tessera")
 
 
 def compute_device() -> str:
@@ -126,6 +128,13 @@ def send(node_id: str | None, event: str, data: dict) -> None:
         from server import PromptServer
 
         PromptServer.instance.send_sync(event, data)
+
+
+def tell(node_id: str | None, *lines: str) -> None:
+    """Logs lines, and shows them in the node."""
+    for line in lines:
+        log.info("Tessera: %s", line)
+    say(node_id, "\n".join(lines))
 
 
 def say(node_id: str | None, text: str) -> None:

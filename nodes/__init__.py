@@ -13,8 +13,8 @@ from .inspect import Inspect
 from .loaders import CLIPLoader, DiffusionModelLoader
 from .lora import CorrectionLoRA
 from .plan import Plan
+from .precision import PrecisionSchedule
 from .quantize import Quantize
-from .schedule import PrecisionSchedule
 from .sweep import StrengthSweep, SweepGrid
 from .user_lora import LoRA, LoRAStack
 

@@ -106,9 +106,7 @@ class SaveCalibration(io.ComfyNode):
         path = host.new_calibration_path(filename or "calibration")
         calibration_file.write(recorded, path)
         name, text = host.listed_name(path), _described(path)
-        for line in text.splitlines():
-            log.info("Tessera: %s", line)
-        host.say(cls.hidden.unique_id, text)
+        host.tell(cls.hidden.unique_id, *text.splitlines())
         return io.NodeOutput(calibration, name, ui={"text": [text]})
 
 

@@ -13,7 +13,7 @@ from ..extraction import Extraction
 from ..job import lora_path
 from ..quantization.difference import MAX_RANK, RANK, Wish
 from .calibrate import CALIBRATION
-from .quantize import checkpoints
+from .quantize import checkpoint_path, checkpoints
 
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints")
 log = logging.getLogger("tessera")
@@ -62,7 +62,7 @@ class ExtractLoRA(io.ComfyNode):
     def execute(
         cls, base, tuned, filename="", rank=RANK, tolerance=0.0, max_rank=MAX_RANK, calibration=None, layers=""
     ):  # fmt: skip
-        first, second = (Path(host.full_path(*name.split("/", 1))) for name in (base, tuned))
+        first, second = (checkpoint_path(name)[0] for name in (base, tuned))
         wish = Wish(rank, tolerance or None, max_rank)
         known = None if calibration is None else host.calibration_of(calibration)
         target = host.output_path("loras", filename or _name(first, second))

@@ -10,7 +10,7 @@ from .. import host, mosaic, pictures
 from ..checkpoint import Checkpoint
 from ..mosaic import Mosaic
 from ..pictures import mosaic_image
-from .quantize import CONNECTED, FOLDERS, checkpoints
+from .quantize import CONNECTED, FOLDERS, checkpoint_path, checkpoints
 
 log = logging.getLogger("tessera")
 COLOURS = ("format", "error", "size", "kernel")
@@ -65,8 +65,7 @@ def _file(choice: str) -> tuple[str, str, list[dict], Mosaic]:
     """(a few lines, a table, nothing that ran, the map) of a file by its header."""
     if choice == CONNECTED:
         raise ValueError("nothing is connected to model or clip; connect one, or choose a file")
-    folder, _, name = choice.partition("/")
-    file = Checkpoint(host.full_path(folder, name))
+    file = Checkpoint(checkpoint_path(choice)[0])
     found = mosaic.of_file(file)
     text = "\n".join([found.text(), *(f"repaired on reading: {repair}" for repair in file.repairs)])
     return text, f"{text}\n\n{found.table()}", [], found

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
 from .. import host
 
 BESIDE = "(beside the checkpoint)"
-log = logging.getLogger("tessera")
 
 
 class CorrectionLoRA(io.ComfyNode):
@@ -42,9 +39,7 @@ class CorrectionLoRA(io.ComfyNode):
         patched, attached = host.attach_lora(model, path, strength)
         hints = [host.mismatch(model, path), host.merged_hint(model)]
         said = [host.coverage(model, attached), *filter(None, hints)]
-        for line in said:
-            log.info("Tessera: %s", line)
-        host.say(cls.hidden.unique_id, "\n".join(said))
+        host.tell(cls.hidden.unique_id, *said)
         return io.NodeOutput(patched)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
 from .. import edits as by_hand
@@ -13,7 +11,6 @@ from ..survey import Menu
 from .calibrate import CALIBRATION
 
 RECIPE = io.Custom("TESSERA_RECIPE")
-log = logging.getLogger("tessera")
 WORDS = {
     "nvfp4": "4.5 bits per weight; native on Blackwell GPUs.",
     "int8_convrot": "8 bits, far more exact than mxfp8; native on every GPU.",
@@ -82,9 +79,7 @@ class Plan(io.ComfyNode):
         path = host.new_recipe_path(name or "planned")
         plan = planning.plan(survey, path.stem, target, edits)
         plan.save(path)
-        for line in plan.summary():
-            log.info("Tessera: %s", line)
-        host.say(cls.hidden.unique_id, "\n".join(plan.summary()))
+        host.tell(cls.hidden.unique_id, *plan.summary())
         shown = mosaic.of_plan(plan)
         ui = {"text": [plan.markdown()], "tessera_plan": [plan.as_dict()], "tessera_map": [shown.payload()]}
         picture = pictures.tensor([mosaic_image.draw(shown)])

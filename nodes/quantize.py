@@ -26,6 +26,12 @@ def checkpoints(folders: tuple[str, ...]) -> list[str]:
     return [name for name in names if name.endswith((".safetensors", ".sft"))]
 
 
+def checkpoint_path(choice: str) -> tuple[Path, str]:
+    """(the file of such a choice, its folder)."""
+    folder, _, name = choice.partition("/")
+    return Path(host.full_path(folder, name)), folder
+
+
 def _recipes() -> list[str]:
     """Built-in recipes, then the user's own .toml files."""
     return [*recipe.names(), *sorted(path.name for path in host.recipes_folder().glob("*.toml"))]
@@ -98,8 +104,8 @@ def _weights(source: str, model, clip) -> tuple[Source, str]:
         return host.clip_source(clip), "text_encoders"
     if source == CONNECTED:
         raise ValueError("nothing is connected to model or clip; connect one, or choose a file as the source")
-    folder, _, name = source.partition("/")
-    return Checkpoint(host.full_path(folder, name)), folder
+    path, folder = checkpoint_path(source)
+    return Checkpoint(path), folder
 
 
 def _recipe(name: str) -> recipe.Recipe:

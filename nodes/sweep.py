@@ -53,8 +53,7 @@ class StrengthSweep(io.ComfyNode):
         wanted = sweep.parse(strengths)
         models, attached = host.sweep(model, correction_path(model, lora_name), wanted)
         said = f"{len(wanted)} strengths; {host.coverage(model, attached)}"
-        log.info("Tessera: %s", said)
-        host.say(cls.hidden.unique_id, said)
+        host.tell(cls.hidden.unique_id, said)
         return io.NodeOutput(models, wanted)
 
 

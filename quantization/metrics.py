@@ -32,5 +32,9 @@ def _length(x: Tensor) -> float:
 
 def psnr(image: Tensor, truth: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pictures with values in 0..1; inf if they are equal."""
-    mse = (image.float() - truth.float()).square().mean().item()
-    return 10 * math.log10(1 / mse) if mse else math.inf
+    return decibels((image.float() - truth.float()).square().mean().item())
+
+
+def decibels(mse: float, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio of a mean squared error; inf if there is none."""
+    return 10 * math.log10(peak**2 / mse) if mse else math.inf

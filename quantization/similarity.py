@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .metrics import CHUNK
+from .metrics import CHUNK, decibels
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM: Wang et al., IEEE TIP 13(4), 2004, section III
 
@@ -95,10 +95,9 @@ def _sums(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
 
 def _similarity(sums: tuple[float, ...], peak: float, ssim: float, count: int) -> Similarity:
     distance, a, b, product = sums
-    psnr = 10 * math.log10(peak**2 * count / distance) if distance else math.inf
     relative = math.sqrt(distance / a) if a else (math.inf if distance else 0.0)
     cosine = product / math.sqrt(a * b) if a and b else (1.0 if a == b else 0.0)
-    return Similarity(psnr, ssim, relative, min(cosine, 1.0))
+    return Similarity(decibels(distance / count, peak), ssim, relative, min(cosine, 1.0))
 
 
 def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:

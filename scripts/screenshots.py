@@ -1,7 +1,8 @@
 """Takes the pictures of the README, docs/gallery.md and the help pages: a real ComfyUI, its page, the tiny model.
 
     scripts/screenshots              all of them: docs/images/*.jpg and web/docs/images/<NodeId>.jpg
-    scripts/screenshots plan doctor  some, by name; a node's help picture by its id
+    scripts/screenshots plan doctor  some, by name, with the help pictures of the nodes in them
+    scripts/screenshots TesseraBake  a node's help picture by its id: as it opens, connected where an example has it
 
 Two models: the tiny one of the tests, which draws shapes, and one of 34 blocks made of its layers, which draws nothing
 but has a map like a large model's. Names, figures and pictures are what ComfyUI showed.
@@ -32,6 +33,11 @@ SMALL, LARGE = (1280, 800), (1920, 1080)
 BLOCKS = 30
 GALLERY_BYTES, HELP_BYTES = 190_000, 60_000  # the most a picture may take
 HELP_WIDTH = 800
+RUNNING = {  # nodes whose help pictures are taken while they show something
+    "TesseraDiffusionModelLoader", "TesseraCorrectionLoRA", "TesseraInspect", "TesseraPlan", "TesseraQuantize",
+    "TesseraLoRAStack",
+}  # fmt: skip
+SIZES = {"TesseraExtractLoRA": (460, 300)}  # of nodes that no example has
 
 
 def deep(path):
@@ -176,6 +182,28 @@ class Scenes:
         page.load(graph.workflow(), name="stack", look=["TesseraLoRAStack"])
 
 
+def as_they_open(studio, wanted):
+    """Help pictures of nodes before a run."""
+    calibrations = studio.host.base / "user" / "tessera" / "calibrations"
+    calibrations.mkdir(parents=True, exist_ok=True)
+    (calibrations / "z_image_turbo.safetensors").touch()
+    with studio.page("nodes2") as page:
+        for path in EXAMPLES:
+            workflow = json.loads(path.read_text(encoding="utf-8"))
+            kinds = [node["type"] for node in workflow["nodes"]]
+            shown = sorted(kind for kind in wanted if kinds.count(kind) == 1)
+            if shown:
+                page.load(workflow, name=path.stem)
+            for kind in shown:
+                help_picture(page, kind)
+                wanted = wanted - {kind}
+        for kind in sorted(wanted):
+            graph = Builder(studio.host)
+            graph.add(kind, size=SIZES.get(kind, (400, 130)))
+            page.load(graph.workflow(), name=kind)
+            help_picture(page, kind)
+
+
 def taken(page):
     """The picture, when no message of ComfyUI's hides a part of the page any more."""
     for said in page.at.get_by_text(re.compile("^(job queued|(\\d+ )?jobs? completed)$", re.IGNORECASE)).all():
@@ -215,19 +243,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="pictures to take; default: all")
     wanted = parser.parse_args().names
+    nodes = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
+    scenes = {name.removeprefix("gallery_") for name in dir(Scenes) if name.startswith("gallery_")}
+    if unknown := set(wanted) - nodes - scenes:
+        parser.error(f"no such picture: {', '.join(sorted(unknown))}; there are {', '.join(sorted(nodes | scenes))}")
     with Studio() as studio:
         studio.files.quantized()
         deep(studio.host.models("diffusion_models") / "deep.safetensors")
         for path in EXAMPLES:
             studio.files.named_by(json.loads(path.read_text(encoding="utf-8")))
-        scenes = Scenes(studio)
-        for method in sorted(name for name in dir(scenes) if name.startswith("gallery_")):
-            name = method.removeprefix("gallery_")
-            if wanted and name not in wanted:
-                continue
+        for name in sorted(scenes & set(wanted) if wanted else scenes):
             start = time.monotonic()
-            save(getattr(scenes, method)(), GALLERY / f"{name}.jpg", GALLERY_BYTES)
+            save(getattr(Scenes(studio), f"gallery_{name}")(), GALLERY / f"{name}.jpg", GALLERY_BYTES)
             print(f"    {time.monotonic() - start:.0f} s", flush=True)
+        as_they_open(studio, nodes & set(wanted) if wanted else nodes - RUNNING)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 SCREENSHOTS = Path(os.environ.get("TESSERA_CACHE") or ROOT / ".cache") / "screenshots"
-RENDERERS = ("litegraph", "nodes2")
 SECONDS, RUN = 60, 300  # to wait for anything, for a workflow; machines of continuous integration are slow
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",

@@ -54,6 +54,21 @@ def tiny(models):
     return {"bf16": "tiny.safetensors", "model": target.name, "lora": lora.name}
 
 
+@pytest.fixture(scope="module", params=("litegraph", "nodes2"))
+def opened(studio, request):
+    """A page of the file's own `studio` (browser.Studio), in one of ComfyUI's renderers."""
+    with studio.page(request.param) as page:
+        yield page
+
+
+@pytest.fixture
+def page(opened, request):
+    """The open page; after each test there is a screenshot, and nothing was wrong on it."""
+    yield opened
+    opened.screenshot(request.node.name)
+    opened.check()
+
+
 LONG = (  # files of few tests that take minutes of a core: begun last, they would keep one process busy alone
     "test_browser_workflows", "test_browser_widgets", "test_demo", "test_host_workflows", "test_host_units",
     "test_browser_words", "test_host_soak", "test_host_surface", "test_host_compare", "test_host_live",

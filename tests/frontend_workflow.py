@@ -1,5 +1,8 @@
 """A workflow as the frontend saves it, turned into what POST /prompt takes: what happens when one presses Run."""
 
+import importlib.resources
+import json
+
 NOTES = {"Note", "MarkdownNote"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 DISPLAYS = {"IMAGECOMPARE": {"__value__": ["", ""]}}  # widgets that only show; what the frontend sends for them
@@ -13,6 +16,12 @@ def api_format(workflow, object_info):
     """
     subgraphs = {s["id"]: s for s in workflow.get("definitions", {}).get("subgraphs", [])}
     return dict(_Graph(workflow, subgraphs).prompt(object_info))
+
+
+def official(name):
+    """One of ComfyUI's own templates."""
+    folder = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
+    return json.loads((folder / f"{name}.json").read_text("utf-8"))
 
 
 def widgets(schema):

@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from browser import RENDERERS, Builder, Studio, example, for_tiny, picture
+from browser import Builder, Studio, example, for_tiny, picture
 
 pytestmark = pytest.mark.host
 
@@ -22,19 +22,6 @@ def studio():
         for name in HOSTILE:
             studio.files.lora(name)
         yield studio
-
-
-@pytest.fixture(scope="module", params=RENDERERS)
-def opened(studio, request):
-    with studio.page(request.param) as page:
-        yield page
-
-
-@pytest.fixture
-def page(opened, request):
-    yield opened
-    opened.screenshot(request.node.name)
-    opened.check()
 
 
 def sampled(page):

@@ -1,15 +1,15 @@
 """Swapping loaders, languages, settings, help and errors as a user meets them in ComfyUI's page."""
 
-import importlib.resources
 import json
 import shutil
 
 import pytest
 from playwright.sync_api import expect
 
-from browser import RENDERERS, Builder, Failed, Studio
+from browser import Builder, Failed, Studio
 from comfy_host import TINY
 from conftest import ROOT
+from frontend_workflow import official
 
 pytestmark = pytest.mark.host
 
@@ -32,19 +32,6 @@ def studio():
             for name in names:
                 shutil.copy(TINY, studio.host.models(folder) / f"{name}.safetensors")
         yield studio
-
-
-@pytest.fixture(scope="module", params=RENDERERS)
-def opened(studio, request):
-    with studio.page(request.param) as page:
-        yield page
-
-
-@pytest.fixture
-def page(opened, request):
-    yield opened
-    opened.screenshot(request.node.name)
-    opened.check()
 
 
 def mixed(page):
@@ -72,8 +59,7 @@ def kept(nodes):
 
 @pytest.mark.parametrize("name", ["mixed", "image_z_image_turbo"])
 def test_swapped_loaders_run_what_the_loaders_did_and_one_undo_takes_it_back(page, name):
-    templates = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
-    page.load(mixed(page) if name == "mixed" else json.loads((templates / f"{name}.json").read_text("utf-8")))
+    page.load(mixed(page) if name == "mixed" else official(name))
     before, saved = page.at.evaluate(PROMPT), page.saved()
     page.at.evaluate(COMMAND)
     page.probe("drawn")

@@ -1,6 +1,5 @@
 """What a user sees who opens workflows in ComfyUI's page, runs, cancels and changes them, in both renderers."""
 
-import importlib.resources
 import json
 import re
 
@@ -9,7 +8,8 @@ import torch
 from playwright.sync_api import expect
 from safetensors.torch import save_file
 
-from browser import EXAMPLES, RENDERERS, Builder, Failed, Studio, example, for_tiny, picture
+from browser import EXAMPLES, Builder, Failed, Studio, example, for_tiny, picture
+from frontend_workflow import official
 
 pytestmark = pytest.mark.host
 
@@ -46,19 +46,6 @@ def prepare(studio):
         save_file(
             {f"{name}.weight": torch.randn(256, 256).bfloat16() for name in layers}, folder / f"{file}.safetensors"
         )
-
-
-@pytest.fixture(scope="module", params=RENDERERS)
-def opened(studio, request):
-    with studio.page(request.param) as page:
-        yield page
-
-
-@pytest.fixture
-def page(opened, request):
-    yield opened
-    opened.screenshot(request.node.name)
-    opened.check()
 
 
 # Example workflows
@@ -152,17 +139,12 @@ def nothing_ran(page):
 # Around the workflow
 
 
-def template(name):
-    folder = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
-    return json.loads((folder / f"{name}.json").read_text("utf-8"))
-
-
 def kinds(page):
     return sorted(page.at.evaluate("window.probe.nodes().map((node) => node.type)"))
 
 
 def test_loaders_of_the_official_template_are_swapped_and_swapped_back(page):
-    page.load(template("image_z_image_turbo"))
+    page.load(official("image_z_image_turbo"))
     before = kinds(page)
     assert {"UNETLoader", "CLIPLoader"} <= set(before)
     page.at.evaluate("window.app.extensionManager.command.execute('Tessera.UseLoaders')")

@@ -303,7 +303,7 @@ def test_plan_of_every_quantized_layer_is_told(quantized, loaded, caplog):
     for name, (_, plan) in plans.items():
         shape = LINEARS[name.split(".", 3)[3]]
         assert plan == dispatch.plan(formats.parse("mxfp8"), facts, "auto", shape)
-    assert f"{7 * LAYERS} mxfp8: " in caplog.text and "mxfp8: transcode to" in host.plan_text(clip.patcher)
+    assert f"{7 * LAYERS} mxfp8: " in caplog.text and "mxfp8: transcode to" in "\n".join(host.plan_lines(clip.patcher))
     exact = host.plans(loaded("mxfp8", "exact").patcher)
     assert {plan.reason for _, plan in exact.values()} == {"speed is set to exact"}
 

@@ -1,7 +1,6 @@
 """Whole workflows through ComfyUI's HTTP API: what a user gets who opens the browser and presses Run."""
 
 import copy
-import importlib.resources
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from frontend_workflow import api_format, widgets
+from frontend_workflow import api_format, official, widgets
 from host_server import HostError, HostServer
 
 pytestmark = pytest.mark.host
@@ -271,11 +270,6 @@ def test_loader_has_the_inputs_of_cores(host, kind):
             spec = core["input"][group][name]
             choices = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
             assert ours["input"][group][name][1]["options"] == choices
-
-
-def official(name):
-    folder = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
-    return json.loads((folder / f"{name}.json").read_text("utf-8"))
 
 
 def with_our_loaders(prompt):

@@ -1,6 +1,6 @@
 // @ts-check
 /** The sidebar tab Tessera: what this machine does with each format, what to install, and all of it for an issue report. */
-import { copy } from "./copying.js"
+import { copyButton } from "./copying.js"
 import { addStyle, button, element } from "./dom.js"
 import { PATHS, byPath, byTarget, grade, health, machine, reasons } from "./doctor_text.js"
 import { api, app } from "./frontend.js"
@@ -43,7 +43,7 @@ function open(container) {
       if (!answer.ok) throw Error(`${answer.status} ${answer.statusText}`)
       const { diagnosis, markdown } = await answer.json()
       body.replaceChildren(...screen(diagnosis))
-      foot.replaceChildren(copying(word("copy_markdown", "Copy as markdown"), "doctor-copy", word("doctor_copy", "Copy for an issue report"), markdown), again)
+      foot.replaceChildren(copyButton(word("copy_markdown", "Copy as markdown"), "doctor-copy", word("doctor_copy", "Copy for an issue report"), () => markdown), again)
       root.dataset.state = "ready"
     } catch (problem) {
       body.replaceChildren(text("p", "doctor-error", word("doctor_error", "The server gave no answer ({0}). Restart ComfyUI, then look again.", problem instanceof Error ? problem.message : problem)))
@@ -74,7 +74,7 @@ function fix({ what, command, optional }) {
   if (!command) return element("div", { className: "fix" }, [said])
   const line = element("code", { textContent: command, tabIndex: 0 })
   line.dataset.part = "doctor-command"
-  const press = copying(word("copy", "Copy"), "doctor-copy-command", word("doctor_copy_command", "Copy the command"), command)
+  const press = copyButton(word("copy", "Copy"), "doctor-copy-command", word("doctor_copy_command", "Copy the command"), () => command)
   const where = element("small", { textContent: word("doctor_where", "In the Python environment of ComfyUI; then restart it.") })
   return element("div", { className: "fix" }, [said, element("div", { className: "command" }, [line, press]), where])
 }
@@ -121,15 +121,6 @@ function text(tag, part, words) {
   const made = element(tag)
   made.textContent = words
   made.dataset.part = part
-  return made
-}
-
-/** A button that copies a text, and says whether it did. @param {string} sign @param {string} part @param {string} label @param {string} what */
-function copying(sign, part, label, what) {
-  const made = button(sign, part, label, async () => {
-    made.textContent = (await copy(what)) ? word("copied", "Copied") : word("not_copied", "The browser refused")
-    setTimeout(() => (made.textContent = sign), 2000)
-  })
   return made
 }
 

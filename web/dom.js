@@ -56,3 +56,18 @@ export function keepInside(root) {
   })
   return root
 }
+
+const SLACK = 28 // pixels by which a node may be taller than it was made without its user having meant it
+
+/** Makes room in a node for what one of its widgets shows now, and gives it back unless the user has made the node taller. @param {any} node @param {string} widget */
+export function roomFor(node, widget) {
+  let fitted = Infinity
+  return () => {
+    if (!node.widgets?.some((/** @type {any} */ one) => one.name === widget)) return
+    const [width, now] = node.size
+    const wanted = node.computeSize()[1]
+    if (now < wanted || now - fitted < SLACK) node.setSize([width, wanted])
+    fitted = wanted
+    node.graph?.setDirtyCanvas(true, true)
+  }
+}

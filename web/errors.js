@@ -1,7 +1,7 @@
 // @ts-check
 /** What went wrong in a Tessera node is said in the node, not only in a dialog; gone when something runs again. */
 import { addStyle, after, element, keepInside } from "./dom.js"
-import { api, app } from "./frontend.js"
+import { api, app, nodeAt } from "./frontend.js"
 
 /** Nodes whose layer map says it. */
 const MAPS = /^Tessera(DiffusionModelLoader|CLIPLoader|Plan|Inspect)$/
@@ -15,21 +15,13 @@ app.registerExtension({
     addStyle("tessera-error-style", STYLE)
     api.addEventListener("execution_error", (/** @type {any} */ { detail }) => {
       if (!/^Tessera/.test(detail.node_type) || MAPS.test(detail.node_type)) return
-      const node = find(detail.node_id)
+      const node = nodeAt(detail.node_id)
       const message = detail.exception_message?.trim() || detail.exception_type
       if (node && !says(node, message)) view(node).show(message)
     })
     api.addEventListener("execution_start", () => views.forEach(({ show }) => show("")))
   },
 })
-
-/** The node that the server calls "57:30": node 30 of the subgraph that node 57 is. @param {string | number} id */
-export function find(id) {
-  let graph = app.rootGraph ?? app.graph
-  const [last, ...folders] = String(id).split(":").reverse()
-  for (const folder of folders.reverse()) graph = graph?.getNodeById(Number(folder))?.subgraph
-  return graph?.getNodeById(Number(last))
-}
 
 /** Whether another part of the node says so already, as a job that failed does. @param {any} node @param {string} message */
 function says(node, message) {

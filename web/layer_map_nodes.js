@@ -1,8 +1,7 @@
 // @ts-check
 /** Puts the layer map into the nodes that show one. */
-import { after } from "./dom.js"
-import { find } from "./errors.js"
-import { api, app } from "./frontend.js"
+import { after, roomFor } from "./dom.js"
+import { api, app, nodeAt } from "./frontend.js"
 import { layerMap } from "./layer_map.js"
 import { remount } from "./remount.js"
 import { word } from "./words.js"
@@ -16,7 +15,6 @@ const NODES = {
   TesseraInspect: () => word("map_run_inspect", "Run to see how each layer runs."),
 }
 const WIDE = 460 // pixels, the least a map is good in
-const SLACK = 28 // by which a node may be taller than it was made without its user having meant it
 const TALL = 330 // about, of a map
 const FOLDED = "Layer map folded" // property of a node, once its user has said so
 /** @type {Map<any, { fail: (message: string) => void, start: () => void, look: () => void,
@@ -27,10 +25,10 @@ app.registerExtension({
   name: "tessera.layerMap",
   setup() {
     api.addEventListener("execution_error", (/** @type {any} */ { detail }) => {
-      maps.get(find(detail.node_id))?.fail(detail.exception_message?.trim() || detail.exception_type)
+      maps.get(nodeAt(detail.node_id))?.fail(detail.exception_message?.trim() || detail.exception_type)
     })
     api.addEventListener("execution_cached", (/** @type {any} */ { detail }) => {
-      detail.nodes?.forEach((/** @type {any} */ id) => maps.get(find(id))?.cached(id))
+      detail.nodes?.forEach((/** @type {any} */ id) => maps.get(nodeAt(id))?.cached(id))
     })
     api.addEventListener("execution_start", () => maps.forEach((map) => map.start()))
   },
@@ -89,18 +87,7 @@ function attach(node, kind) {
       node.graph?.setDirtyCanvas(true, true)
     },
   }
-  const view = layerMap({ editable, onHeight: fit, width: () => node.size[0] - 24, onFold: fold })
-
-  /** Makes room for the map, and gives it back unless the user has made the node taller. */
-  function fit() {
-    if (!node.widgets?.some((/** @type {any} */ widget) => widget.name === "map")) return
-    const [width, now] = node.size
-    const wanted = node.computeSize()[1]
-    if (now < wanted || now - fitted < SLACK) node.setSize([width, wanted])
-    fitted = wanted
-    node.graph?.setDirtyCanvas(true, true)
-  }
-  let fitted = Infinity
+  const view = layerMap({ editable, onHeight: roomFor(node, "map"), width: () => node.size[0] - 24, onFold: fold })
 
   function show(/** @type {any} */ payload) {
     if (!open) arrange() // one that is open stays so

@@ -1,6 +1,6 @@
 // @ts-check
 /** LoRA Stack (Tessera): rows over the text widget `stack`, which stays the value that is saved and sent. */
-import { addStyle, after, button, element, keepInside, name } from "./dom.js"
+import { addStyle, after, button, element, keepInside, name, roomFor } from "./dom.js"
 import { app } from "./frontend.js"
 import { LIMIT, format, move, parse, strength } from "./lora_stack_text.js"
 import { remount } from "./remount.js"
@@ -41,6 +41,7 @@ function attach(node) {
   const text = node.widgets.find((/** @type {any} */ widget) => widget.name === "stack")
   const root = element("div", { className: "tessera-stack" })
   root.dataset.part = "lora-stack"
+  const fit = roomFor(node, "rows")
   let rows = parse(text.value)
   let asText = false
   let saved = text.value // by us; another value comes from elsewhere, e.g. a loaded workflow
@@ -87,15 +88,6 @@ function attach(node) {
   function titled() {
     return rows.some((row) => "name" in row)
   }
-
-  /** Makes room for the rows, and gives it back unless the user has made the node taller. */
-  function fit() {
-    const [width, now] = node.size
-    const wanted = node.computeSize()[1]
-    if (now < wanted || now - fitted < ROW) node.setSize([width, wanted])
-    fitted = wanted
-  }
-  let fitted = Infinity
 
   function head() {
     const titles = ["", "", "LoRA", word("stack_model", "model"), word("stack_clip", "clip")].map((title) => element("span", { textContent: title }))

@@ -1,8 +1,8 @@
 // @ts-check
 /** Quantize and Bake live: every layer as it is done, Cancel, and the report; what the server knows outlives the page. */
-import { copy } from "./copying.js"
-import { addStyle, after, button, element, keepInside } from "./dom.js"
-import { api, app } from "./frontend.js"
+import { copyButton } from "./copying.js"
+import { addStyle, after, button, element, keepInside, roomFor } from "./dom.js"
+import { api, app, nodeAt, rootGraph } from "./frontend.js"
 import { layerMap } from "./layer_map.js"
 import { duration, markdown, newest, percent, size, sorted } from "./quantize_text.js"
 import { remount } from "./remount.js"
@@ -38,17 +38,8 @@ app.registerExtension({
 
 /** Draws a job where it belongs, if that is on this page. @param {Job} job */
 function hear(job) {
-  const graph = app.rootGraph ?? app.graph
-  if (job.workflow !== String(graph?.id ?? "")) elsewhere.add(job.job)
-  else drawn.get(nodeAt(graph, String(job.node)))?.(job)
-}
-
-/** The node that runs under an id: 30, or 57:30 for the node 30 inside the subgraph node 57. @param {any} graph @param {string} id */
-function nodeAt(graph, id) {
-  const path = id.split(":")
-  const find = (/** @type {any} */ inside, /** @type {string} */ one) => inside?.getNodeById?.(one) ?? inside?.getNodeById?.(Number(one))
-  const inside = path.slice(0, -1).reduce((one, step) => find(one, step)?.subgraph, graph)
-  return find(inside, path[path.length - 1])
+  if (job.workflow !== String(rootGraph()?.id ?? "")) elsewhere.add(job.job)
+  else drawn.get(nodeAt(job.node))?.(job)
 }
 
 let asking = false
@@ -73,6 +64,7 @@ async function refresh() {
 
 /** @param {any} node */
 function attach(node) {
+  const fit = roomFor(node, "job")
   const view = layerMap({ onHeight: fit })
   const part = (/** @type {keyof HTMLElementTagNameMap} */ tag, /** @type {string} */ name_) => {
     const made = element(tag)
@@ -180,17 +172,6 @@ function attach(node) {
     fit()
   }
 
-  /** Makes room for what is shown, and gives it back unless the user has made the node taller. */
-  function fit() {
-    if (!node.widgets?.some((/** @type {any} */ widget) => widget.name === "job")) return
-    const [width, now] = node.size
-    const wanted = node.computeSize()[1]
-    if (now < wanted || now - fitted < 28) node.setSize([width, wanted])
-    fitted = wanted
-    node.graph?.setDirtyCanvas(true, true)
-  }
-  let fitted = Infinity
-
   head.hidden = bar.hidden = facts.hidden = error.hidden = result.hidden = view.element.hidden = true
   new ResizeObserver(measure).observe(inner)
   node.addDOMWidget("job", "tessera_job", root, {
@@ -249,11 +230,7 @@ function reported(job, report) {
     shown.dataset.part = part
     return shown
   }
-  const copied = button(word("copy_markdown", "Copy as markdown"), "copy-markdown", word("copy_report", "Copy the report as markdown"), async () => {
-    const done = await copy(markdown(report))
-    copied.textContent = done ? word("copied", "Copied") : word("not_copied", "The browser refused")
-    setTimeout(() => (copied.textContent = word("copy_markdown", "Copy as markdown")), 2000)
-  })
+  const copied = copyButton(word("copy_markdown", "Copy as markdown"), "copy-markdown", word("copy_report", "Copy the report as markdown"), () => markdown(report))
   const title = word("job_report", "Report: {0} layers", report.rows.length || job.total)
   const more = element("details", {}, [element("summary", { textContent: title }), ...(notes.length ? [list(notes, "job-notes")] : []), table(report)])
   more.dataset.part = "report"

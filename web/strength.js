@@ -1,7 +1,7 @@
 // @ts-check
 /** Runs the workflow when a strength slider is let go: the setting Tessera.QueueOnRelease. */
 import { after } from "./dom.js"
-import { api, app } from "./frontend.js"
+import { api, app, changeTracker, lookForChanges } from "./frontend.js"
 import { duty, release } from "./strength_data.js"
 
 const SETTING = "Tessera.QueueOnRelease"
@@ -60,12 +60,6 @@ function wanted() {
   const manager = app.extensionManager
   if (manager?.setting?.get(SETTING) !== true) return false
   const what = duty(manager.queueSettings?.mode)
-  if (what === "look") lookForChanges(manager.workflow?.activeWorkflow?.changeTracker)
+  if (what === "look") lookForChanges(changeTracker()) // Nodes 2.0 misses a slider until the next click; what is seen runs once
   return what === "run"
-}
-
-/** In Nodes 2.0 the frontend misses a slider until the next click. What it has seen, it runs once. @param {any} tracker */
-function lookForChanges(tracker) {
-  if (tracker?.captureCanvasState) tracker.captureCanvasState()
-  else tracker?.checkState?.()
 }

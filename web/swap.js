@@ -1,6 +1,6 @@
 // @ts-check
 /** "Use Tessera loaders": ComfyUI's loaders in the open workflow become Tessera's, in one step of undo. */
-import { app } from "./frontend.js"
+import { app, changeTracker, lookForChanges, rootGraph } from "./frontend.js"
 import { COUNTERPARTS, replaceable, swap } from "./swap_text.js"
 import { word } from "./words.js"
 
@@ -16,7 +16,7 @@ app.registerExtension({
   ],
   menuCommands: [{ path: ["Edit"], commands: ["Tessera.UseLoaders"] }],
   getCanvasMenuItems() {
-    return everyNode(app.rootGraph ?? app.graph).some(replaceable) ? [null, item(() => useLoaders())] : []
+    return everyNode(rootGraph()).some(replaceable) ? [null, item(() => useLoaders())] : []
   },
   getNodeMenuItems(/** @type {any} */ node) {
     if (!everyNode({ nodes: [node] }).some(replaceable)) return []
@@ -43,7 +43,7 @@ function selected(node) {
   const all = new Set([node, ...Object.values(app.canvas.selected_nodes ?? {})])
   const nodes = /** @type {Map<string, Set<string>>} */ (new Map())
   for (const one of all) {
-    const id = one.graph === (app.rootGraph ?? app.graph) ? "" : String(one.graph.id)
+    const id = one.graph === rootGraph() ? "" : String(one.graph.id)
     nodes.set(id, (nodes.get(id) ?? new Set()).add(String(one.id)))
   }
   return { nodes, subgraphs: new Set([...all].filter((one) => one.subgraph).map((one) => String(one.subgraph.id))) }
@@ -51,7 +51,7 @@ function selected(node) {
 
 /** Replaces, says what it did. @param {import("./swap_text.js").Chosen | null} [chosen] null: in the whole workflow */
 async function useLoaders(chosen = null) {
-  const before = JSON.parse(JSON.stringify((app.rootGraph ?? app.graph).serialize()))
+  const before = JSON.parse(JSON.stringify(rootGraph().serialize()))
   const { workflow, replaced, left } = swap(before, shapes(), chosen)
   if (replaced.length) await show(workflow)
   say(replaced, left)
@@ -77,16 +77,15 @@ function shape(type) {
  * @param {any} workflow
  */
 async function show(workflow) {
-  const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker
+  const tracker = changeTracker()
   if (!tracker) return app.loadGraphData(workflow, false, false)
-  const capture = tracker.captureCanvasState ?? tracker.checkState // its name before 1.44
-  capture.call(tracker)
+  lookForChanges(tracker)
   tracker.redoQueue.length = 0
   tracker.redoQueue.push(workflow)
   await tracker.redo()
   await frame()
   await frame() // nodes with more widgets have grown by now
-  tracker.activeState = JSON.parse(JSON.stringify((app.rootGraph ?? app.graph).serialize())) // else growing is a step
+  tracker.activeState = JSON.parse(JSON.stringify(rootGraph().serialize())) // else growing is a step
 }
 
 function frame() {

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
 from .. import host
-
-log = logging.getLogger("tessera")
 
 
 class PrecisionSchedule(io.ComfyNode):
@@ -34,6 +30,5 @@ class PrecisionSchedule(io.ComfyNode):
     @classmethod
     def execute(cls, model, first_steps=1, last_steps=1):
         made, said = host.schedule_precision(model, first_steps, last_steps)
-        log.info("Tessera: %s", said)
-        host.say(cls.hidden.unique_id, said)
+        host.tell(cls.hidden.unique_id, said)
         return io.NodeOutput(made)
