@@ -188,6 +188,7 @@ class Soak:
         self.workflows, self.random = Workflows(seed), random.Random(seed)
         self.probes: list[dict] = []  # with `run`, the executions before
         self.pictures: set[str] = set()
+        self.history = [0, 0]  # past workflows that ComfyUI kept, and their bytes as JSON
         self.files: set[str] = set()
         self.overlaps = 0  # samplings that began before a quantization had ended
         self.counts = {"executions": 0, "interrupted": 0, "quantizations": 0}
@@ -245,11 +246,19 @@ class Soak:
         host = self.clients[0]
         host.run({"encode": node("SoakProbe", number=-self.counts["executions"])})  # empties the host's result cache
         self.see(host.run(REFERENCE))
+        self.forget(host)
         answer = host.run({"probe": node("SoakProbe", number=self.counts["executions"])})
         self.probes.append({"run": self.counts["executions"], **json.loads(answer["outputs"]["probe"]["facts"][0])})
         if self.says:
             print(f"{time.monotonic():.0f} s", self.probes[-1], file=sys.stderr, flush=True)
         self.counts["executions"] += 1
+
+    def forget(self, host: HostServer) -> None:
+        """Empties ComfyUI's list of past workflows, which by design keeps 10,000 with what their nodes have shown."""
+        kept = host.get("/history")
+        self.history[0] += len(kept)
+        self.history[1] += len(json.dumps(kept))
+        host.post("/history", {"clear": True})
 
     def run(self, executions: int, probes: int = 12) -> None:
         self.quantize(alone=True)
@@ -296,6 +305,7 @@ def verdict(soak: Soak, bound: float) -> tuple[dict, list[str]]:
             f"resident memory grew by {growth:.1%} over the second half: {early / 1e6:.0f} to {late / 1e6:.0f} MB"
         )
     figures = soak.counts | {
+        "history_kb": round(soak.history[1] / soak.history[0] / 1e3, 1),
         "warm": warm["run"], "probes": len(soak.probes), "rss_mb": [round(p["rss"] / 1e6) for p in soak.probes],
         "growth": round(growth, 4),
         "held": {name: [warm.get(name, 0), last.get(name, 0)] for name in (*MUST_NOT_GROW, *SHOWN)},
