@@ -1,4 +1,4 @@
-"""One real ComfyUI and one Chromium for a file of tests; its frontend in either renderer, and what a page must not do.
+"""One real ComfyUI and one Chromium for all tests that open a page; either renderer, and what a page must not do.
 
     with Studio() as studio, studio.page("nodes2") as page:
         page.load(workflow)                    # as the frontend saves it
@@ -72,16 +72,15 @@ class Studio:
 
     @contextlib.contextmanager
     def page(self, renderer, viewport=(1280, 800), dark=True, settings=None):
-        """A frontend in a fresh profile. One at a time: ComfyUI keeps the settings for all pages."""
+        """A frontend in a fresh profile."""
         theme = "dark" if dark else "light"
         wanted = {"Comfy.VueNodes.Enabled": renderer == "nodes2", "Comfy.ColorPalette": theme} | (settings or {})
-        self.host.post("/settings", SETTINGS | wanted)
         context = self.browser.new_context(viewport={"width": viewport[0], "height": viewport[1]})
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=self.host.url)
         context.add_init_script(path=TESTS / "browser_page.js")
         context.set_default_timeout(SECONDS * 1000)
         try:
-            page = Page(context.new_page(), self, renderer)
+            page = Page(context.new_page(), self, renderer, SETTINGS | wanted)
             page.open()
             yield page
         finally:
@@ -108,6 +107,7 @@ class Files:
 
     def __init__(self, host):
         self.host, self.empty = host, set()
+        self.made = {}  # (recipe, source) -> the name of a model that was quantized so
         for folder in ("diffusion_models", "text_encoders", "vae", "loras"):
             host.models(folder)
         shutil.copy(TINY, host.models("diffusion_models") / "tiny.safetensors")
@@ -146,7 +146,13 @@ class Files:
         lora = self.host.models("loras") / f"{name}_lora.safetensors"
         if not target.exists():
             lora.unlink(missing_ok=True)
-            Job(Checkpoint(source), target, recipes.builtin(recipe), lora).run()
+            if (recipe, source) in self.made:  # renamed, as users do
+                made = self.made[recipe, source]
+                shutil.copy(target.with_name(f"{made}.safetensors"), target)
+                shutil.copy(lora.with_name(f"{made}_lora.safetensors"), lora)
+            else:
+                Job(Checkpoint(source), target, recipes.builtin(recipe), lora).run()
+                self.made[recipe, source] = name
         return target.name, lora.name
 
     def lora(self, name, source="tiny_nvfp4_lora.safetensors"):
@@ -163,8 +169,9 @@ def folder_of(kind):
 class Page:
     """An open frontend; `probe` is what tests/browser_page.js knows about it, `at` Playwright's page."""
 
-    def __init__(self, at, studio, renderer):
+    def __init__(self, at, studio, renderer, settings):
         self.at, self.host, self.files, self.renderer = at, studio.host, studio.files, renderer
+        self.settings = settings
         self.complaints, self.foreign = [], []
         at.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
         at.on("console", self._console)
@@ -181,12 +188,18 @@ class Page:
     # Pages
 
     def open(self):
+        self._settle()
         self.at.goto(self.host.url)
         self.at.wait_for_function("window.probe?.ready()")
 
     def reload(self):
+        self._settle()
         self.at.reload()
         self.at.wait_for_function("window.probe?.ready()")
+
+    def _settle(self):
+        """ComfyUI keeps one set of settings; another page may have opened with its own since."""
+        self.host.post("/settings", self.settings)
 
     def until(self, expression):
         """Waits for something to be true in the page."""

@@ -54,9 +54,20 @@ def tiny(models):
     return {"bf16": "tiny.safetensors", "model": target.name, "lora": lora.name}
 
 
-@pytest.fixture(scope="module", params=("litegraph", "nodes2"))
+@pytest.fixture(scope="session")
+def studio():
+    """A ComfyUI, a Chromium and the files that browser tests name."""
+    import browser_files
+    from browser import Studio
+
+    with Studio() as studio:
+        browser_files.make(studio)
+        yield studio
+
+
+@pytest.fixture(scope="session", params=("litegraph", "nodes2"))
 def opened(studio, request):
-    """A page of the file's own `studio` (browser.Studio), in one of ComfyUI's renderers."""
+    """A page in one of ComfyUI's renderers."""
     with studio.page(request.param) as page:
         yield page
 
@@ -69,15 +80,28 @@ def page(opened, request):
     opened.check()
 
 
+BROWSER = ("test_browser_workflows", "test_browser_widgets", "test_browser_words")  # one process, so one browser
 LONG = (  # files of few tests that take minutes of a core: begun last, they would keep one process busy alone
-    "test_browser_workflows", "test_browser_widgets", "test_demo", "test_host_workflows", "test_host_units",
-    "test_browser_words", "test_host_soak", "test_host_surface", "test_host_compare", "test_host_live",
-    "test_memory_limits", "test_notebook", "test_newest_kitchen", "test_host_mosaic", "test_resume", "test_cli",
-    "test_host_quality", "test_compile",
+    "test_demo", "test_host_workflows", "test_host_units", "test_host_soak", "test_host_surface", "test_host_compare",
+    "test_host_live", "test_memory_limits", "test_notebook", "test_newest_kitchen", "test_host_mosaic", "test_resume",
+    "test_cli", "test_host_quality", "test_compile",
 )  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Whole files to a process, in the order below; those of the browser as if they were one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "browser" if Path(file).stem in BROWSER else file
+
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(items):
     """Long files first. Processes take files in this order (`--no-loadscope-reorder` in scripts/run_tests.py)."""
-    places = {name: place for place, name in enumerate(LONG)}
+    places = {name: place for place, name in enumerate(LONG)} | dict.fromkeys(BROWSER, -1)
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))

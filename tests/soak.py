@@ -218,7 +218,7 @@ class Soak:
 
     def quantize(self, alone: bool = False) -> None:
         """The second client quantizes, and the first samples while it does; always the same file, made anew."""
-        name = f"made_{self.counts['quantizations']}"
+        name = f"made_{self.counts['quantizations']:03}"  # of one length: headers are padded
         since, prompts = len(self.clients[1].events), [(self.clients[1], self.clients[1].queue(quantizing(name)))]
         if not alone:
             self.clients[1].wait_event("executing", since=since, prompt_id=prompts[0][1])

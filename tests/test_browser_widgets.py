@@ -5,23 +5,13 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from browser import Builder, Studio, example, for_tiny, picture
+from browser import Builder, example, for_tiny, picture
+from browser_files import LORAS
 
 pytestmark = pytest.mark.host
 
 CORRECTION, LOADER, PLAN = "TesseraCorrectionLoRA", "TesseraDiffusionModelLoader", "TesseraPlan"
 STACK = "TesseraLoRAStack"
-HOSTILE = ("<img src=x onerror=hacked=1>.safetensors", "a\"'><b>b<i>.safetensors", "${hacked=1}{{hacked}}.safetensors")
-
-
-@pytest.fixture(scope="module")
-def studio():
-    with Studio() as studio:
-        studio.files.named_by(example("tessera_z_image_nvfp4"), real=True)  # what a page misses it looks for elsewhere
-        studio.files.quantized()
-        for name in HOSTILE:
-            studio.files.lora(name)
-        yield studio
 
 
 def sampled(page):
@@ -78,18 +68,18 @@ def test_rows_of_the_stack_are_its_text(page):
     expect(rows).to_have_count(2)
     rows.nth(1).get_by_label("strength of the diffusion model").press("Alt+ArrowUp")
     rows.nth(1).locator("[data-part=on]").uncheck()
-    assert page.value(STACK, "stack") == f"{HOSTILE[0]} : 1\n# tiny_nvfp4_lora.safetensors : 0.75"
+    assert page.value(STACK, "stack") == f"{LORAS[0]} : 1\n# tiny_nvfp4_lora.safetensors : 0.75"
     page.load(page.saved(), look=[STACK])
     expect(rows).to_have_count(2)
-    expect(rows.nth(0).get_by_label("LoRA file")).to_have_value(HOSTILE[0])
+    expect(rows.nth(0).get_by_label("LoRA file")).to_have_value(LORAS[0])
     expect(rows.nth(1).locator("[data-part=on]")).not_to_be_checked()
 
 
 def test_names_of_files_are_shown_as_text(page):
-    page.load(stack(page, "\n".join(f"{name} : 1" for name in HOSTILE)), look=[STACK])
+    page.load(stack(page, "\n".join(f"{name} : 1" for name in LORAS)), look=[STACK])
     chosen = page.inside(STACK).get_by_label("LoRA file")
-    expect(chosen).to_have_count(len(HOSTILE))
-    for index, name in enumerate(HOSTILE):
+    expect(chosen).to_have_count(len(LORAS))
+    for index, name in enumerate(LORAS):
         expect(chosen.nth(index)).to_have_value(name)
     assert page.at.evaluate("[typeof hacked, document.querySelectorAll('img[src=x]').length]") == ["undefined", 0]
 
@@ -114,6 +104,8 @@ def test_loader_shows_a_tile_per_layer_and_counts_formats(page):
     before = named.inner_text()
     first.press("ArrowRight")
     expect(named).not_to_have_text(before)
+    page.load(page.saved(), look=[LOADER])  # still open: there is room
+    expect(tiles.first).to_be_visible()
 
 
 # The map of a plan, which can be painted

@@ -1,13 +1,11 @@
 """Swapping loaders, languages, settings, help and errors as a user meets them in ComfyUI's page."""
 
 import json
-import shutil
 
 import pytest
 from playwright.sync_api import expect
 
-from browser import Builder, Failed, Studio
-from comfy_host import TINY
+from browser import Builder, Failed
 from conftest import ROOT
 from frontend_workflow import official
 
@@ -22,16 +20,6 @@ COVERED = """window.probe.nodes().flatMap((one, _, all) => {
   const beside = all.filter((other) => other !== one && other.graph === one.graph)
   return beside.filter(over).map((other) => [one.type, other.type])
 })"""
-
-
-@pytest.fixture(scope="module")
-def studio():
-    with Studio() as studio:
-        for folder, names in {"diffusion_models": ["tiny", "z_image_turbo_bf16"], "loras": ["a", "b"],
-                              "text_encoders": ["qwen_3_4b"], "vae": ["ae"]}.items():  # fmt: skip
-            for name in names:
-                shutil.copy(TINY, studio.host.models(folder) / f"{name}.safetensors")
-        yield studio
 
 
 def mixed(page):
@@ -144,4 +132,3 @@ def test_chinese_names_nodes_inputs_settings_and_what_the_page_says(studio):
         expect(page.at.locator(".tessera-cache-folder")).to_contain_text("transcoded")
         page.screenshot("settings zh")
         page.check()
-    studio.host.post("/settings", {"Comfy.Locale": "en"})

@@ -4,20 +4,15 @@ import json
 import re
 
 import pytest
-import torch
 from playwright.sync_api import expect
-from safetensors.torch import save_file
 
-from browser import EXAMPLES, Builder, Failed, Studio, example, for_tiny, picture
+from browser import EXAMPLES, Builder, Failed, example, for_tiny, picture
+from browser_files import NAMES, STRANGE, WIDE
 from frontend_workflow import official
 
 pytestmark = pytest.mark.host
 
 QUANTIZE = "TesseraQuantize"
-WIDE = 119  # layers; a layer takes a fifth of a second or more, a reload of the page some seconds
-HOSTILE = "<img src=x onerror=hacked=1>.0.w"  # no reader takes a file with such a name
-STRANGE = ('"onmouseover="hacked=1', "&lt;img src=x onerror=hacked=1&gt;", "${hacked=1}{{hacked}}")
-NAMES = [f"layers.{i}.{STRANGE[i % 3]}" for i in range(6)]
 UNDO = """async () => {
   const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker
   const capture = tracker.captureCanvasState ?? tracker.checkState // its name before 1.44
@@ -26,26 +21,6 @@ UNDO = """async () => {
   capture.call(tracker)
   await tracker.undo()
 }"""
-
-
-@pytest.fixture(scope="module")
-def studio():
-    with Studio() as studio:
-        prepare(studio)
-        yield studio
-
-
-def prepare(studio):
-    """The files that the tests name."""
-    for path in EXAMPLES:
-        studio.files.named_by(json.loads(path.read_text(encoding="utf-8")))
-    folder = studio.host.models("diffusion_models")
-    wide = {f"layers.{i}.w.weight": torch.randn(512, 1536).bfloat16() for i in range(WIDE + 1)}
-    save_file(wide, folder / "wide.safetensors")
-    for file, layers in (("strange", NAMES), ("hostile", [HOSTILE])):
-        save_file(
-            {f"{name}.weight": torch.randn(256, 256).bfloat16() for name in layers}, folder / f"{file}.safetensors"
-        )
 
 
 # Example workflows

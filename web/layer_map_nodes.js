@@ -157,7 +157,7 @@ function attach(node, kind) {
   }) // prettier-ignore
   after(node, "onExecuted", (output) => output?.tessera_map?.[0] && show(output.tessera_map[0]))
   after(node, "onConfigure", () => {
-    look()
+    queueMicrotask(look) // when all nodes of the workflow have their places, which say whether there is room
     remount(node, view.element)
   })
   after(node, "onConnectionsChange", say)
