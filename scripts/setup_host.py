@@ -42,7 +42,7 @@ SDIST_VERSION = "0.30.0"
 
 STEPS = 1  # raise it when the steps below install something else from the same requirements
 DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "pillow", "ruff", "numpy", "safetensors", "ray"]
-DEVELOPMENT += ["playwright"]  # drives the browser of tests/browser.py; its wheel brings a Node.js for tests/web
+DEVELOPMENT += ["playwright"]  # drives the browser of tests/browser; its wheel brings a Node.js for tests/web
 TRITON = "triton==3.9.0"  # no dependencies; its wheel brings the assembler and disassembler that tests/aot.py runs
 TORCH_FAMILY = {"torch", "torchvision", "torchaudio"}
 VISION_FOR_TORCH = {"2.13": ["torchvision==0.28.0", "torchaudio==2.11.0"]}  # for a CPU torch; see install_vision

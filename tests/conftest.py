@@ -54,33 +54,7 @@ def tiny(models):
     return {"bf16": "tiny.safetensors", "model": target.name, "lora": lora.name}
 
 
-@pytest.fixture(scope="session")
-def studio():
-    """A ComfyUI, a Chromium and the files that browser tests name."""
-    import browser_files
-    from browser import Studio
-
-    with Studio() as studio:
-        browser_files.make(studio)
-        yield studio
-
-
-@pytest.fixture(scope="session", params=("litegraph", "nodes2"))
-def opened(studio, request):
-    """A page in one of ComfyUI's renderers."""
-    with studio.page(request.param) as page:
-        yield page
-
-
-@pytest.fixture
-def page(opened, request):
-    """The open page; after each test there is a screenshot, and nothing was wrong on it."""
-    yield opened
-    opened.screenshot(request.node.name)
-    opened.check()
-
-
-BROWSER = ("test_browser_workflows", "test_browser_widgets", "test_browser_words")  # one process, so one browser
+BROWSER = "tests/browser/"  # files that share one browser, so one process
 LONG = (  # files of few tests that take minutes of a core: begun last, they would keep one process busy alone
     "test_demo", "test_host_workflows", "test_host_units", "test_host_soak", "test_host_surface", "test_host_compare",
     "test_host_live", "test_memory_limits", "test_notebook", "test_newest_kitchen", "test_host_mosaic", "test_resume",
@@ -96,12 +70,12 @@ def pytest_xdist_make_scheduler(config, log):
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "browser" if Path(file).stem in BROWSER else file
+            return BROWSER if BROWSER in file else file
 
     return Files(config, log)
 
 
 def pytest_collection_modifyitems(items):
     """Long files first. Processes take files in this order (`--no-loadscope-reorder` in scripts/run_tests.py)."""
-    places = {name: place for place, name in enumerate(LONG)} | dict.fromkeys(BROWSER, -1)
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: -1 if BROWSER in item.nodeid else places.get(item.path.stem, len(LONG)))

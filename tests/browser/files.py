@@ -5,8 +5,9 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from browser import EXAMPLES, example
 from frontend_workflow import official
+
+from . import EXAMPLES, example
 
 WIDE = 119  # layers to quantize; a layer takes a fifth of a second or more, a reload of the page some seconds
 LAYER = "<img src=x onerror=hacked=1>.0.w"  # no reader takes a file with such a name

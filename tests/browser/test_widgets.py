@@ -5,8 +5,8 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from browser import Builder, example, for_tiny, picture
-from browser_files import LORAS
+from . import Builder, example, for_tiny, picture
+from .files import LORAS
 
 pytestmark = pytest.mark.host
 

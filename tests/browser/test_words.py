@@ -5,9 +5,10 @@ import json
 import pytest
 from playwright.sync_api import expect
 
-from browser import Builder, Failed
 from conftest import ROOT
 from frontend_workflow import official
+
+from . import Builder, Failed
 
 pytestmark = pytest.mark.host
 

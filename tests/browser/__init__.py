@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,8 @@ from safetensors.torch import save_file
 from comfy_host import PROMPTS, TINY
 from host_server import HostServer
 
-ROOT = Path(__file__).resolve().parent.parent
-TESTS = ROOT / "tests"
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 SCREENSHOTS = Path(os.environ.get("TESSERA_CACHE") or ROOT / ".cache") / "screenshots"
 SECONDS, RUN = 60, 300  # to wait for anything, for a workflow; machines of continuous integration are slow
@@ -77,7 +76,7 @@ class Studio:
         wanted = {"Comfy.VueNodes.Enabled": renderer == "nodes2", "Comfy.ColorPalette": theme} | (settings or {})
         context = self.browser.new_context(viewport={"width": viewport[0], "height": viewport[1]})
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=self.host.url)
-        context.add_init_script(path=TESTS / "browser_page.js")
+        context.add_init_script(path=TESTS / "browser" / "page.js")
         context.set_default_timeout(SECONDS * 1000)
         try:
             page = Page(context.new_page(), self, renderer, SETTINGS | wanted)
@@ -167,7 +166,7 @@ def folder_of(kind):
 
 
 class Page:
-    """An open frontend; `probe` is what tests/browser_page.js knows about it, `at` Playwright's page."""
+    """An open frontend; `probe` is what page.js knows about it, `at` Playwright's page."""
 
     def __init__(self, at, studio, renderer, settings):
         self.at, self.host, self.files, self.renderer = at, studio.host, studio.files, renderer
@@ -384,7 +383,3 @@ class Builder:
     def workflow(self):
         return {"last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes,
                 "links": self.links, "groups": [], "config": {}, "extra": {}, "version": 0.4}  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit("this is the driver; run scripts/test tests/test_browser_widgets.py")

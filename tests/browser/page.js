@@ -1,4 +1,4 @@
-// What tests/browser.py asks of a page: `window.probe`. Runs before the frontend does.
+// What tests/browser asks of a page: `window.probe`. Runs before the frontend does.
 window.probe = {
   queued: [], // prompt ids, in order
   ends: [], // how prompts ended: { type, prompt_id, ... }

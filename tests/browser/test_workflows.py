@@ -6,9 +6,10 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from browser import EXAMPLES, Builder, Failed, example, for_tiny, picture
-from browser_files import NAMES, STRANGE, WIDE
 from frontend_workflow import official
+
+from . import EXAMPLES, Builder, Failed, example, for_tiny, picture
+from .files import NAMES, STRANGE, WIDE
 
 pytestmark = pytest.mark.host
 
