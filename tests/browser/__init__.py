@@ -300,6 +300,10 @@ class Page:
         """The workflow as the frontend would save it."""
         return self.probe("saved")
 
+    def prompt(self):
+        """The workflow as the frontend would queue it: {node id: {class_type, inputs, ...}}."""
+        return self.at.evaluate("window.app.graphToPrompt().then(({ output }) => output)")
+
 
 def picture(paths):
     """The pixels of the last of some files."""

@@ -49,10 +49,10 @@ def kept(nodes):
 @pytest.mark.parametrize("name", ["mixed", "image_z_image_turbo"])
 def test_swapped_loaders_run_what_the_loaders_did_and_one_undo_takes_it_back(page, name):
     page.load(mixed(page) if name == "mixed" else official(name))
-    before, saved = page.at.evaluate(PROMPT), page.saved()
+    before, saved = page.prompt(), page.saved()
     page.at.evaluate(COMMAND)
     page.probe("drawn")
-    after, swapped = page.at.evaluate(PROMPT), page.saved()
+    after, swapped = page.prompt(), page.saved()
     assert before.keys() == after.keys()
     counterparts = {"UNETLoader": "TesseraDiffusionModelLoader", "CLIPLoader": "TesseraCLIPLoader",
                     "LoraLoader": "TesseraLoRA", "LoraLoaderModelOnly": "TesseraLoRA"}  # fmt: skip

@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from frontend_workflow import official
+from frontend_workflow import api_format, official
 
 from . import EXAMPLES, Builder, Failed, example, for_tiny, picture
 from .files import NAMES, STRANGE, WIDE
@@ -28,11 +28,14 @@ UNDO = """async () => {
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_opens_without_a_complaint(page, path):
-    page.load(json.loads(path.read_text(encoding="utf-8")))
+def test_example_opens_without_a_complaint_and_queues_what_the_tests_over_http_run(page, path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    page.load(workflow)
     assert page.at.locator("[data-testid=error-overlay]").count() == 0
     assert page.at.locator(".p-toast-message-error").count() == 0
     assert page.at.locator("[role=dialog]").count() == 0
+    queued = {id: {key: node[key] for key in ("class_type", "inputs")} for id, node in page.prompt().items()}
+    assert queued == api_format(workflow, page.host.object_info())
 
 
 def test_example_with_a_strength_sweep_shows_its_grid(page):
