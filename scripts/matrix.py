@@ -34,7 +34,9 @@ PARTS = {
     "guard": ["test_host_guard.py"],
     "loader": ["test_host_repair.py"],
     "page": ["browser"],
+    "frontend": ["browser"],  # the newest one, in place of the host's
 }
+KITCHEN, FRONTEND = "comfy-kitchen", "comfyui-frontend-package"
 PYTHONS = ("3.12", "3.13")
 LIMIT = 1200  # seconds for one part
 
@@ -51,13 +53,13 @@ class Row:
     results: dict[str, str] = field(default_factory=dict)
 
 
-def newest_kitchen(python: str = sys.executable) -> tuple[Path | None, str]:
-    """(folder with the newest comfy-kitchen, its version), fetched once a day; (None, why) where no index answers."""
-    folder = CACHE / "trust" / "comfy-kitchen"  # shared with scripts/trust
+def newest(package: str, python: str = sys.executable) -> tuple[Path | None, str]:
+    """(folder with a package's newest version, that version), fetched once a day; (None, why) if no index answers."""
+    folder = CACHE / "trust" / package  # shared with scripts/trust
     done = folder / "done"
     if not done.exists() or time.time() - done.stat().st_mtime > 86400:
-        fresh = folder.with_name(f"comfy-kitchen-{os.getpid()}")
-        command = [python, "-m", "pip", "install", "-q", "--no-deps", "--target", str(fresh), "comfy-kitchen"]
+        fresh = folder.with_name(f"{package}-{os.getpid()}")
+        command = [python, "-m", "pip", "install", "-q", "--no-deps", "--target", str(fresh), package]
         found = subprocess.run(command, capture_output=True, text=True)
         if found.returncode and not done.exists():
             shutil.rmtree(fresh, ignore_errors=True)
@@ -66,12 +68,8 @@ def newest_kitchen(python: str = sys.executable) -> tuple[Path | None, str]:
             (fresh / "done").touch()
             shutil.rmtree(folder, ignore_errors=True)
             fresh.rename(folder)
-    return folder, version_in(folder)
-
-
-def version_in(folder: Path) -> str:
-    found = [path.name for path in folder.glob("comfy_kitchen-*.dist-info")]
-    return found[0].removesuffix(".dist-info").split("-")[-1] if found else "unknown"
+    found = [path.name for path in folder.glob(f"{package.replace('-', '_')}-*.dist-info")]
+    return folder, found[0].removesuffix(".dist-info").split("-")[-1] if found else "unknown"
 
 
 def kitchen_of(row: Row) -> str:
@@ -136,7 +134,7 @@ def _row(name: str, env: dict[str, str]) -> Row:
         row.problem = str(problem)
         return row
     if "newest" in name:
-        folder, said = newest_kitchen(row.python)
+        folder, said = newest(KITCHEN, row.python)
         row.path, row.problem = ("", f"no newer comfy-kitchen: {said}") if folder is None else (str(folder), "")
     row.name = f"{name} ({kitchen_of(row)})"
     return row
@@ -155,8 +153,15 @@ def run(row: Row, part: str) -> bool:
     command = [row.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     env = os.environ | {"COMFYUI_PATH": row.host, "PYTHONPATH": row.path, "COMFYUI_PATH2": ""}
     env.setdefault("OMP_NUM_THREADS", "1")
-    if part == "page":
+    said = ""
+    if part in ("page", "frontend"):
         env["TESSERA_BROWSER"] = browser(row.python)
+    if part == "frontend":
+        folder, said = newest(FRONTEND, row.python)
+        if folder is None:
+            row.results[part] = f"no newer frontend: {said}"
+            return False
+        env["TESSERA_FRONTEND"] = str(folder / "comfyui_frontend_package")
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -165,7 +170,7 @@ def run(row: Row, part: str) -> bool:
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
     counts = dict(reversed(pair.split(" ")) for pair in re.findall(r"\d+ (?:passed|failed|error|skipped)", last))
     well = done.returncode == 0 and "passed" in counts  # all of them skipped is no success
-    row.results[part] = f"{counts.get('passed', 0)}" if well else f"FAILED {counts.get('failed', '')}".strip()
+    row.results[part] = f"{counts['passed']} {said}".strip() if well else f"FAILED {counts.get('failed', '')}".strip()
     if not well:
         print(f"--- {row.name}: {part}\n" + "\n".join(done.stdout.splitlines()[-40:]), flush=True)
     return well

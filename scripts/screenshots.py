@@ -157,7 +157,7 @@ class Scenes:
         """The sidebar tab."""
         with self.page() as page:
             self.opened(page, "tessera_z_image_nvfp4")
-            page.at.locator(".tessera-tab-button").click()
+            page.sidebar().click()
             page.at.locator("[data-part=doctor][data-state=ready]").wait_for()
             return taken(page)
 

@@ -18,7 +18,7 @@ spec.loader.exec_module(matrix)
 
 
 def test_every_value_is_coded_alike_by_the_newest_comfy_kitchen():
-    folder, said = matrix.newest_kitchen()
+    folder, said = matrix.newest(matrix.KITCHEN)
     env = os.environ | {"PYTHONPATH": str(folder or "")}
     code = "import comfy_kitchen; print(comfy_kitchen.__file__)"
     used = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout
@@ -36,6 +36,6 @@ def test_without_an_index_the_reason_is_said(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    folder, said = matrix.newest_kitchen()
+    folder, said = matrix.newest(matrix.KITCHEN)
     assert folder is None and "comfy-kitchen" in said
     assert not list((tmp_path / "trust").glob("*"))

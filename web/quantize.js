@@ -20,12 +20,13 @@ const mine = new Set()
 /** @type {Set<string>} jobs that ran in another workflow while this page was open */
 const elsewhere = new Set()
 
+api.addEventListener(EVENT, (/** @type {any} */ { detail }) => hear(detail)) // at once: the server may be telling already
+
 app.registerExtension({
   name: "tessera.quantize",
   setup() {
     addStyle("tessera-job-style", STYLE)
     api.addEventListener("execution_start", (/** @type {any} */ { detail }) => mine.add(detail.prompt_id))
-    api.addEventListener(EVENT, (/** @type {any} */ { detail }) => hear(detail))
     api.addEventListener("reconnected", refresh)
   },
   nodeCreated(/** @type {any} */ node) {

@@ -61,7 +61,7 @@ class Studio:
     def __enter__(self):
         with contextlib.ExitStack() as cleanup:
             self.browser = cleanup.enter_context(chromium())
-            self.host = cleanup.enter_context(HostServer(self.packs, cpu=True))
+            self.host = cleanup.enter_context(HostServer(self.packs, cpu=True, args=frontend()))
             self.files = Files(self.host)
             self.cleanup = cleanup.pop_all()
         return self
@@ -84,6 +84,12 @@ class Studio:
             yield page
         finally:
             context.close()
+
+
+def frontend():
+    """ComfyUI's argument for another frontend: TESSERA_FRONTEND is the folder of a comfyui_frontend_package."""
+    folder = os.environ.get("TESSERA_FRONTEND")
+    return ["--front-end-root", str(Path(folder, "static").resolve())] if folder else []
 
 
 @contextlib.contextmanager
@@ -296,13 +302,25 @@ class Page:
         """A locator of what a node's own widget shows, in both renderers; good until the next page is opened."""
         return self.at.locator(f'[data-of-node="{self.probe("mark", node)}"]')
 
+    def toast(self, text):
+        """The notification that says this."""
+        return self.at.get_by_role("alert").filter(has_text=text).last
+
+    def notices(self):
+        """What all notifications say now."""
+        return set(self.at.get_by_role("alert").all_inner_texts())
+
+    def sidebar(self):
+        """The button of our tab."""
+        return self.at.get_by_role("button", name="Tessera: what this machine does with each format")
+
     def saved(self):
         """The workflow as the frontend would save it."""
         return self.probe("saved")
 
     def prompt(self):
         """The workflow as the frontend would queue it: {node id: {class_type, inputs, ...}}."""
-        return self.at.evaluate("window.app.graphToPrompt().then(({ output }) => output)")
+        return json.loads(self.at.evaluate("window.app.graphToPrompt().then(({ output }) => JSON.stringify(output))"))
 
 
 def picture(paths):

@@ -63,7 +63,7 @@ def test_swapped_loaders_run_what_the_loaders_did_and_one_undo_takes_it_back(pag
     if name != "mixed":
         assert page.at.evaluate(COVERED) == []  # loaders with a map take little more room
     if name == "mixed":
-        toast = page.at.locator(".p-toast-message", has_text="Left as it is").last
+        toast = page.toast("Left as it is")
         expect(toast).to_contain_text("Load Checkpoint (Tessera has no node in its place)")
     title = page.probe("point", swapped["nodes"][0]["id"], 40, -12)
     page.at.mouse.click(*title)  # the keyboard is the canvas's, and a click is no step of undo
@@ -117,13 +117,13 @@ def test_chinese_names_nodes_inputs_settings_and_what_the_page_says(studio):
     with studio.page("litegraph", settings={"Comfy.Locale": "zh"}) as page:
         titles = page.at.evaluate("names => names.map((name) => LiteGraph.registered_node_types[name].title)", NODES)
         assert titles == [words[name]["display_name"] for name in NODES]
-        page.at.evaluate("window.app.graph.clear(); window.app.graph.add(LiteGraph.createNode('TesseraLoRA'))")
+        page.at.evaluate("window.app.graph.clear(); void window.app.graph.add(LiteGraph.createNode('TesseraLoRA'))")
         labels = page.at.evaluate("window.probe.node('TesseraLoRA').widgets.map(({ name, label }) => [name, label])")
         assert all(label == words["TesseraLoRA"]["inputs"][name]["name"] for name, label in labels)
         page.at.evaluate(COMMAND)
         said = json.loads((ROOT / "locales" / "zh" / "main.json").read_text("utf-8"))["tessera"]
-        expect(page.at.locator(".p-toast-message")).to_contain_text(said["swap_none"])
-        page.at.evaluate("window.app.graph.add(LiteGraph.createNode('TesseraPlan'))")
+        expect(page.toast(said["swap_none"])).to_be_attached()
+        page.at.evaluate("void window.app.graph.add(LiteGraph.createNode('TesseraPlan'))")
         expect(page.inside("TesseraPlan").locator("[data-part=message]")).to_have_text(said["map_run_plan"])
         page.at.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
         page.at.get_by_role("dialog").get_by_text("Tessera", exact=True).first.click()
