@@ -16,12 +16,12 @@ from tessera.quantization import recipe
 
 
 @pytest.mark.host
-def test_thirty_workflows_of_two_clients_leave_nothing_and_change_no_picture():
+def test_two_dozen_workflows_of_two_clients_leave_nothing_and_change_no_picture():
     if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set: run scripts/setup_host.py")
-    figures, wrong = soak.soak(30, probes=3, bound=0.1)  # memory is measured in the long form
+    figures, wrong = soak.soak(22, probes=3, bound=0.1)  # memory is measured in the long form
     assert wrong == [], figures
-    assert figures["executions"] >= 30 and figures["quantizations"] >= 2 and figures["probes"] >= 3
+    assert figures["executions"] >= 22 and figures["quantizations"] >= 2 and figures["probes"] >= 3
 
 
 @pytest.mark.parametrize("seed", [0, 7], ids=["the same job", "another job"])
