@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import newest  # noqa: E402
+
 CACHE = Path(os.environ.get("TESSERA_CACHE") or ROOT / ".cache").resolve()
 PARTS = {
     "surface": ["test_host_surface.py"],
@@ -36,7 +39,6 @@ PARTS = {
     "page": ["browser"],
     "frontend": ["browser"],  # the newest one, in place of the host's
 }
-KITCHEN, FRONTEND = "comfy-kitchen", "comfyui-frontend-package"
 PYTHONS = ("3.12", "3.13")
 LIMIT = 1200  # seconds for one part
 
@@ -51,25 +53,6 @@ class Row:
     path: str = ""  # first on the module path: another comfy-kitchen
     problem: str = ""
     results: dict[str, str] = field(default_factory=dict)
-
-
-def newest(package: str, python: str = sys.executable) -> tuple[Path | None, str]:
-    """(folder with a package's newest version, that version), fetched once a day; (None, why) if no index answers."""
-    folder = CACHE / "trust" / package  # shared with scripts/trust
-    done = folder / "done"
-    if not done.exists() or time.time() - done.stat().st_mtime > 86400:
-        fresh = folder.with_name(f"{package}-{os.getpid()}")
-        command = [python, "-m", "pip", "install", "-q", "--no-deps", "--target", str(fresh), package]
-        found = subprocess.run(command, capture_output=True, text=True)
-        if found.returncode and not done.exists():
-            shutil.rmtree(fresh, ignore_errors=True)
-            return None, (found.stderr.strip().splitlines() or ["pip failed"])[-1]
-        if not found.returncode:
-            (fresh / "done").touch()
-            shutil.rmtree(folder, ignore_errors=True)
-            fresh.rename(folder)
-    found = [path.name for path in folder.glob(f"{package.replace('-', '_')}-*.dist-info")]
-    return folder, found[0].removesuffix(".dist-info").split("-")[-1] if found else "unknown"
 
 
 def kitchen_of(row: Row) -> str:
@@ -134,7 +117,7 @@ def _row(name: str, env: dict[str, str]) -> Row:
         row.problem = str(problem)
         return row
     if "newest" in name:
-        folder, said = newest(KITCHEN, row.python)
+        folder, said = newest.fetch(newest.KITCHEN, row.python)
         row.path, row.problem = ("", f"no newer comfy-kitchen: {said}") if folder is None else (str(folder), "")
     row.name = f"{name} ({kitchen_of(row)})"
     return row
@@ -147,30 +130,38 @@ def browser(python: str) -> str:
     return found.stdout.strip()
 
 
+def environment(row: Row, part: str) -> dict[str, str]:
+    """What a part's tests are told of its row. Raises RuntimeError where that cannot be had."""
+    env = os.environ | {"COMFYUI_PATH": row.host, "PYTHONPATH": row.path, "COMFYUI_PATH2": ""}
+    env.setdefault("OMP_NUM_THREADS", "1")
+    if PARTS[part] == ["browser"]:
+        env["TESSERA_BROWSER"] = browser(row.python)
+    if part == "frontend":
+        folder, said = newest.fetch(newest.FRONTEND, row.python)
+        if folder is None:
+            raise RuntimeError(f"no newer frontend: {said}")
+        print(f"{newest.FRONTEND} {said}", flush=True)
+        env["TESSERA_FRONTEND"] = str(folder / "comfyui_frontend_package")
+    return env
+
+
 def run(row: Row, part: str) -> bool:
     """Runs a part's tests on a row, and keeps what pytest counted."""
     tests = [str(ROOT / "tests" / name) for name in PARTS[part]]
     command = [row.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    env = os.environ | {"COMFYUI_PATH": row.host, "PYTHONPATH": row.path, "COMFYUI_PATH2": ""}
-    env.setdefault("OMP_NUM_THREADS", "1")
-    said = ""
-    if part in ("page", "frontend"):
-        env["TESSERA_BROWSER"] = browser(row.python)
-    if part == "frontend":
-        folder, said = newest(FRONTEND, row.python)
-        if folder is None:
-            row.results[part] = f"no newer frontend: {said}"
-            return False
-        env["TESSERA_FRONTEND"] = str(folder / "comfyui_frontend_package")
     try:
+        env = environment(row, part)
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=LIMIT)
+    except RuntimeError as problem:
+        row.results[part] = str(problem)
+        return False
     except subprocess.TimeoutExpired:
         row.results[part] = f"not done in {LIMIT} s"
         return False
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
     counts = dict(reversed(pair.split(" ")) for pair in re.findall(r"\d+ (?:passed|failed|error|skipped)", last))
     well = done.returncode == 0 and "passed" in counts  # all of them skipped is no success
-    row.results[part] = f"{counts['passed']} {said}".strip() if well else f"FAILED {counts.get('failed', '')}".strip()
+    row.results[part] = counts["passed"] if well else f"FAILED {counts.get('failed', '')}".strip()
     if not well:
         print(f"--- {row.name}: {part}\n" + "\n".join(done.stdout.splitlines()[-40:]), flush=True)
     return well

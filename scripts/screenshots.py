@@ -11,7 +11,6 @@ but has a map like a large model's. Names, figures and pictures are what ComfyUI
 import argparse
 import contextlib
 import io
-import json
 import re
 import sys
 import time
@@ -189,7 +188,7 @@ def as_they_open(studio, wanted):
     (calibrations / "z_image_turbo.safetensors").touch()
     with studio.page("nodes2") as page:
         for path in EXAMPLES:
-            workflow = json.loads(path.read_text(encoding="utf-8"))
+            workflow = example(path.stem)
             kinds = [node["type"] for node in workflow["nodes"]]
             shown = sorted(kind for kind in wanted if kinds.count(kind) == 1)
             if shown:
@@ -251,7 +250,7 @@ def main():
         studio.files.quantized()
         deep(studio.host.models("diffusion_models") / "deep.safetensors")
         for path in EXAMPLES:
-            studio.files.named_by(json.loads(path.read_text(encoding="utf-8")))
+            studio.files.named_by(example(path.stem))
         for name in sorted(scenes & set(wanted) if wanted else scenes):
             start = time.monotonic()
             save(getattr(Scenes(studio), f"gallery_{name}")(), GALLERY / f"{name}.jpg", GALLERY_BYTES)

@@ -16,7 +16,7 @@ from tessera.quantization import recipe
 
 
 @pytest.mark.host
-def test_two_dozen_workflows_of_two_clients_leave_nothing_and_change_no_picture():
+def test_workflows_of_two_clients_leave_nothing_and_change_no_picture():
     if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set: run scripts/setup_host.py")
     figures, wrong = soak.soak(22, probes=3, bound=0.1)  # memory is measured in the long form

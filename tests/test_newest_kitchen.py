@@ -3,22 +3,17 @@
 `scripts/matrix` tries more of the pack with it.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
 from importlib.metadata import version
 
+import newest
 from conftest import ROOT
-
-spec = importlib.util.spec_from_file_location("tessera_matrix", ROOT / "scripts" / "matrix.py")
-matrix = importlib.util.module_from_spec(spec)
-sys.modules["tessera_matrix"] = matrix  # dataclasses look their module up
-spec.loader.exec_module(matrix)
 
 
 def test_every_value_is_coded_alike_by_the_newest_comfy_kitchen():
-    folder, said = matrix.newest(matrix.KITCHEN)
+    folder, said = newest.fetch(newest.KITCHEN)
     env = os.environ | {"PYTHONPATH": str(folder or "")}
     code = "import comfy_kitchen; print(comfy_kitchen.__file__)"
     used = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout
@@ -31,11 +26,11 @@ def test_every_value_is_coded_alike_by_the_newest_comfy_kitchen():
 
 
 def test_without_an_index_the_reason_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(matrix, "CACHE", tmp_path)
+    monkeypatch.setattr(newest, "CACHE", tmp_path)
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    folder, said = matrix.newest(matrix.KITCHEN)
+    folder, said = newest.fetch(newest.KITCHEN)
     assert folder is None and "comfy-kitchen" in said
-    assert not list((tmp_path / "trust").glob("*"))
+    assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import newest
+
 TESTS = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("TESSERA_CACHE") or TESTS.parent / ".cache") / "trust"
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
 SYSCALLS = {"write": 14, "fsync": 12, "ftruncate": 6, "fallocate": 2, "rename": 3, "link": 1}  # calls of one job
 ERRORS = ("EDQUOT", "EIO", "ENOSPC", "EROFS")
@@ -161,8 +162,8 @@ def page_cache():
 
     if not shutil.which("fincore"):
         return "page cache: not run, fincore is missing", True
-    CACHE.mkdir(parents=True, exist_ok=True)  # not on a tmpfs: there memory is the disk
-    path = CACHE / "pages.safetensors"
+    newest.CACHE.mkdir(parents=True, exist_ok=True)  # not on a tmpfs: there memory is the disk
+    path = newest.CACHE / "pages.safetensors"
     path.unlink(missing_ok=True)
     with Writer(path, {"x": TensorSpec(torch.uint8, (1 << 24,))}, 200) as writer:
         writer.write("x", torch.zeros(1 << 24, dtype=torch.uint8))
@@ -177,22 +178,8 @@ def resident(path):
     return int(found.stdout)
 
 
-def fetched(package):
-    """A folder with the newest version of a package, and that version; None if there is no index to be reached."""
-    folder = CACHE / package
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        found = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, package],
-                               capture_output=True, text=True)  # fmt: skip
-        if found.returncode:
-            return None, found.stderr.strip().splitlines()[-1]
-        (folder / "done").touch()
-    [info] = folder.glob("*.dist-info")
-    return folder, info.name.removesuffix(".dist-info").split("-")[-1]
-
-
 def newest_kitchen():
-    folder, version = fetched("comfy-kitchen")
+    folder, version = newest.fetch(newest.KITCHEN)
     if folder is None:
         return f"newest comfy-kitchen: not run, {version}", True
     environment = ALONE | {"PYTHONPATH": str(folder)}
@@ -207,7 +194,7 @@ def newest_kitchen():
 
 
 def newest_torchao():
-    folder, version = fetched("torchao")
+    folder, version = newest.fetch(newest.TORCHAO)
     if folder is None:
         return f"torchao: not run, {version}", True
     found = subprocess.run([sys.executable, __file__, "torchao"], capture_output=True, text=True,

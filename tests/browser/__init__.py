@@ -42,6 +42,7 @@ SETTINGS = {
     "Comfy.Notification.ShowVersionUpdates": False, "Comfy.Locale": "en",
 }  # fmt: skip
 RECIPES = {"nvfp4": "z_image_nvfp4", "mxfp8": "z_image_mxfp8", "int8": "int8_convrot"}  # by a word in a file's name
+PROMPT = "window.app.graphToPrompt().then(({ output }) => JSON.stringify(output))"
 KNOWN = (  # what ComfyUI's own page complains of
     r"Failed to load resource: the server responded with a status of 404",  # user.css, a user's workflow index...
     r"ComfyApp graph accessed before initialization",
@@ -320,7 +321,7 @@ class Page:
 
     def prompt(self):
         """The workflow as the frontend would queue it: {node id: {class_type, inputs, ...}}."""
-        return json.loads(self.at.evaluate("window.app.graphToPrompt().then(({ output }) => JSON.stringify(output))"))
+        return json.loads(self.at.evaluate(PROMPT))
 
 
 def picture(paths):

@@ -1,7 +1,5 @@
 """The files that browser tests name; there before a page opens, which reads the lists of them once."""
 
-import json
-
 import torch
 from safetensors.torch import save_file
 
@@ -19,7 +17,7 @@ LORAS = ("<img src=x onerror=hacked=1>.safetensors", "a\"'><b>b<i>.safetensors",
 def make(studio):
     """All of them, in the folders of the studio's host."""
     studio.files.named_by(example("tessera_z_image_nvfp4"), real=True)
-    for workflow in [official("image_z_image_turbo"), *(json.loads(path.read_text("utf-8")) for path in EXAMPLES)]:
+    for workflow in [official("image_z_image_turbo"), *(example(path.stem) for path in EXAMPLES)]:
         studio.files.named_by(workflow)
     studio.files.quantized()
     for name in (*LORAS, "a.safetensors", "b.safetensors"):

@@ -8,13 +8,12 @@ from playwright.sync_api import expect
 from conftest import ROOT
 from frontend_workflow import official
 
-from . import Builder, Failed
+from . import PROMPT, Builder, Failed
 
 pytestmark = pytest.mark.host
 
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
 COMMAND = "window.app.extensionManager.command.execute('Tessera.UseLoaders')"
-PROMPT = "window.app.graphToPrompt().then(({ output }) => output)"
 COVERED = """window.probe.nodes().flatMap((one, _, all) => {
   const over = (other) => other.pos[0] < one.pos[0] + one.size[0] && other.pos[0] + other.size[0] > one.pos[0]
     && other.pos[1] - 30 < one.pos[1] + one.size[1] && other.pos[1] + other.size[1] > one.pos[1] - 30
@@ -68,7 +67,7 @@ def test_swapped_loaders_run_what_the_loaders_did_and_one_undo_takes_it_back(pag
     title = page.probe("point", swapped["nodes"][0]["id"], 40, -12)
     page.at.mouse.click(*title)  # the keyboard is the canvas's, and a click is no step of undo
     page.at.keyboard.press("Control+z")
-    page.at.wait_for_function(f"async (old) => JSON.stringify(await {PROMPT}) === old", arg=text(before))
+    page.at.wait_for_function(f"async (old) => (await {PROMPT}) === old", arg=text(before))
 
 
 def text(prompt):

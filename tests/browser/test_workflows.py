@@ -29,7 +29,7 @@ UNDO = """async () => {
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_opens_without_a_complaint_and_queues_what_the_tests_over_http_run(page, path):
-    workflow = json.loads(path.read_text(encoding="utf-8"))
+    workflow = example(path.stem)
     before = page.notices()
     page.load(workflow)
     assert page.at.locator("[data-testid=error-overlay]").count() == 0
