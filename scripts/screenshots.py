@@ -211,7 +211,9 @@ def taken(page):
 
 
 def help_picture(page, node):
-    """A node by itself, as large as the window allows."""
+    """A node by itself, as large as the window allows, without the tooltip of what the pointer is over."""
+    page.at.mouse.move(0, 0)
+    page.at.locator(".p-tooltip").wait_for(state="detached")
     page.look(node, most=1.6)
     taken(page)
     data = io.BytesIO(page.at.screenshot(clip=page.probe("box", node)))
